@@ -1,0 +1,80 @@
+"""The registry of solvers: what is known of each beside its code."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydiff.plan_builder import PlanBuilder
+
+SolverFunction = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A registered solver.
+
+    Attributes:
+        name: what users type.
+        build: writes the stages onto a `PlanBuilder`; its keyword arguments are the solver's options.
+        order: order of convergence, start-up included, for the default options; `order_of` answers for others.
+        calls: model calls a step (a step is one interval of the time grid).
+        stochastic: whether noise is added with the default options.
+        paper: title, arXiv number and equation or algorithm.
+        exact_mean: a model that always answers with the same x0 ends exactly at alpha * x0 (checked on every plan).
+    """
+
+    name: str
+    build: SolverFunction
+    order: int
+    calls: str
+    stochastic: bool
+    paper: str
+    exact_mean: bool = True
+    order_rule: Callable[..., int] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Names and defaults of the options."""
+        parameters = list(inspect.signature(self.build).parameters.values())[1:]
+        return {p.name: p.default for p in parameters}
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.build) or "").splitlines()[0]
+
+    def order_of(self, **options: Any) -> int:
+        return self.order_rule(**{**self.options, **options}) if self.order_rule else self.order
+
+
+_SOLVERS: dict[str, Solver] = {}
+
+
+def solver(name: str, *, order: int, calls: str, paper: str, stochastic: bool = False, exact_mean: bool = True,
+           order_rule: Callable[..., int] | None = None) -> Callable[[SolverFunction], SolverFunction]:
+    """Register a solver function under `name`."""
+
+    def register(build: SolverFunction) -> SolverFunction:
+        if name in _SOLVERS:
+            raise ValueError(f"solver {name!r} is registered twice")
+        _SOLVERS[name] = Solver(name, build, order, calls, stochastic, paper, exact_mean, order_rule)
+        return build
+
+    return register
+
+
+def get_solver(name: str) -> Solver:
+    """The solver of that name. Raises ValueError with a suggestion if there is none."""
+    if name in _SOLVERS:
+        return _SOLVERS[name]
+    close = difflib.get_close_matches(str(name).lower(), _SOLVERS, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(f"solver must be one of the registered names, got {name!r}; {hint}known: {', '.join(_SOLVERS)}")
+
+
+def list_solvers() -> list[Solver]:
+    """All registered solvers, by name."""
+    return sorted(_SOLVERS.values(), key=lambda s: s.name)
