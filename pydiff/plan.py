@@ -224,15 +224,20 @@ def validate(plan: Plan) -> None:
 
 
 def _validate_slots(plan: Plan) -> None:
-    written: set[int] = set()
-    for i, (weights, index) in enumerate(zip(plan.weights, plan.indices)):
-        read = {k for k in range(table.NUM_SLOTS) if (weights[:, table.SLOT + k] != 0).any()}
-        if not read <= written:
-            raise PlanError(f"stage {i} reads slot {min(read - written)}, which no earlier stage has written")
-        slots = [int(s) for s in index[: table.DRAW0] if s != -1]
-        if len(set(slots)) != len(slots) or any(not 0 <= s < plan.num_slots for s in slots):
-            raise PlanError(f"stage {i} writes slots {slots}; they must differ and lie in 0 .. {plan.num_slots - 1}")
-        written.update(slots)
+    writes = plan.indices[:, : table.DRAW0]
+    outside = (writes < -1) | (writes >= plan.num_slots)
+    clash = outside.any(1) | ((writes[:, 0] == writes[:, 1]) & (writes[:, 0] >= 0))
+    if clash.any():
+        i = int(np.argmax(clash))
+        raise PlanError(f"stage {i} writes slots {writes[i].tolist()}; they must differ and lie in 0 .. "
+                        f"{plan.num_slots - 1} (-1: none)")
+    reads = (plan.weights[:, :, table.SLOT : table.SLOT + table.NUM_SLOTS] != 0).any(1)
+    written = np.arange(table.NUM_SLOTS) == writes[:, :, None]
+    before = np.zeros_like(reads)
+    before[1:] = np.logical_or.accumulate(written.any(1))[:-1]
+    if (reads & ~before).any():
+        i, slot = np.argwhere(reads & ~before)[0]
+        raise PlanError(f"stage {i} reads slot {slot}, which no earlier stage has written")
 
 
 def _validate_draws(plan: Plan) -> None:

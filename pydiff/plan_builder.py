@@ -128,9 +128,9 @@ class PlanBuilder:
         ring, names = self._slots()
         coefficients = np.zeros((len(self._stages), table.COEFFICIENT_COLUMNS))
         indices = np.full((len(self._stages), table.INDEX_COLUMNS), -1, dtype=np.int32)
+        self._fill_models(coefficients, clip)
         for i, stage in enumerate(self._stages):
             draws = self._fill_writes(stage, ring, "base" in names, coefficients[i], indices[i])
-            self._fill_model(stage, coefficients[i], clip)
             if known:
                 self._fill_known(rows[i + 1], coefficients[i], indices[i], draws)
         return Plan(
@@ -186,13 +186,19 @@ class PlanBuilder:
             index[table.WRITE_B] = stage.serial % ring
         return draws
 
-    def _fill_model(self, stage: _Stage, row: np.ndarray, clip: tuple[float, float] | None) -> None:
-        p = stage.point
-        row[table.OUTPUT : table.OUTPUT + 2] = self.prediction.weights(stage.target, p.alpha, p.sigma)
-        row[table.GUIDANCE] = 1.0
-        row[table.CLIP : table.CLIP + 2] = (-math.inf, math.inf) if clip is None else clip
-        row[table.INPUT_SCALE] = self.prediction.input_scale(p.alpha, p.sigma)
-        row[table.TIME] = self.prediction.model_time(p.t, p.alpha, p.sigma)
+    def _fill_models(self, coefficients: np.ndarray, clip: tuple[float, float] | None) -> None:
+        """How the model is called and what becomes of its output, for all stages at once."""
+        t, alpha, sigma, _ = (np.array(column) for column in zip(*(stage.point for stage in self._stages)))
+        targets = np.array([stage.target for stage in self._stages])
+        for target in ("sample", "epsilon"):
+            where = targets == target
+            if where.any():
+                pair = self.prediction.weights(target, alpha[where], sigma[where])
+                coefficients[where, table.OUTPUT : table.OUTPUT + 2] = np.stack(pair, axis=1)
+        coefficients[:, table.GUIDANCE] = 1.0
+        coefficients[:, table.CLIP : table.CLIP + 2] = (-math.inf, math.inf) if clip is None else clip
+        coefficients[:, table.INPUT_SCALE] = self.prediction.input_scale(alpha, sigma)
+        coefficients[:, table.TIME] = self.prediction.model_time(t, alpha, sigma)
 
     def _fill_known(self, after: Point, row: np.ndarray, index: np.ndarray, draws: list[int]) -> None:
         row[table.KNOWN] = after.alpha

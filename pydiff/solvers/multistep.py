@@ -28,7 +28,7 @@ def order_at(points: list[Point], i: int, order: int, lower_order_final: bool | 
     steps = len(points) - 1
     if points[i + 1].sigma == 0:
         return 1
-    usable = sum(math.isfinite(p.log_snr) for p in points[: i + 1])
+    usable = sum(math.isfinite(p.log_snr) for p in points[max(i + 1 - order, 0) : i + 1])
     order = min(order, max(usable, 1))
     lower = steps < FEW_STEPS if lower_order_final == "auto" else lower_order_final
     return min(order, steps - i) if lower else order
