@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,13 +79,13 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
 
 
+# What torch's own compiled code asks: no Stream object is made.
+_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
 def current_stream(device_index: int) -> int:
     """Handle of the stream that torch launches on."""
-    return torch.cuda.current_stream(device_index).cuda_stream
-
-
-if hasattr(torch._C, "_cuda_getCurrentRawStream"):  # the same without a Stream object; compiled code of torch uses it
-    current_stream = torch._C._cuda_getCurrentRawStream  # noqa: F811
+    return _raw_stream(device_index) if _raw_stream else torch.cuda.current_stream(device_index).cuda_stream
 
 
 def normal(out: torch.Tensor, seeds: torch.Tensor, draw: int) -> None:

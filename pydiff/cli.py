@@ -116,7 +116,8 @@ def _plan_arguments(p: argparse.ArgumentParser) -> None:
     add("--schedule", choices=SCHEDULES, default="vp_linear",
         help="noise schedule (default: vp_linear); the last four have 1000 discrete times, scaled_linear "
         "with the betas of Stable Diffusion")
-    add("--prediction", choices=PREDICTIONS, default="epsilon", help="of the model (epsilon)")
+    add("--prediction", choices=PREDICTIONS,
+        help="what the model returns (default: epsilon, and flow_prediction where the schedule is flow)")
     _plan_options(p)
     add("--json", type=Path, metavar="PATH", help="save the plan, for `pydiff.Plan.load`")
 
@@ -224,11 +225,11 @@ def make_schedule(name: str) -> NoiseSchedule:
 
 def check_output(path: Path, flag: str) -> None:
     """Raise unless a file can appear at `path`; what stands there is not touched."""
-    if path.is_dir():
-        raise UsageError(f"{flag} {path}: it is a folder; give the name of a file in it")
-    if not path.parent.is_dir():
-        raise UsageError(f"{flag} {path}: there is no folder {path.parent}; make it first")
     try:
+        if path.is_dir():
+            raise UsageError(f"{flag} {path}: it is a folder; give the name of a file in it")
+        if not path.parent.is_dir():
+            raise UsageError(f"{flag} {path}: there is no folder {path.parent}; make it first")
         with open(_temporary(path), "xb"):
             pass
         os.unlink(_temporary(path))
@@ -304,8 +305,9 @@ def plan_command(args: argparse.Namespace) -> None:
     if args.json:
         check_output(args.json, "--json")
     options, schedule = solver_options(args), make_schedule(args.schedule)
+    prediction = args.prediction or ("flow_prediction" if args.schedule == "flow" else "epsilon")
     try:
-        plan = make_plan(args.solver, schedule, args.steps, grid=args.grid, prediction=args.prediction,
+        plan = make_plan(args.solver, schedule, args.steps, grid=args.grid, prediction=prediction,
                          grid_options=grid_options(args, schedule), **options)
     except (ValueError, TypeError, ImportError) as error:
         raise UsageError(str(error)) from None

@@ -33,10 +33,11 @@ def join(uncond: Any, cond: Any, rows: int, name: str = "cond") -> Any:
         tensor, number = (cond, uncond) if isinstance(cond, torch.Tensor) else (uncond, cond)
         if isinstance(number, (int, float)) and not isinstance(number, bool):
             filled = torch.full_like(_expand(tensor, rows, name), number)
-            return join(*((filled, cond) if tensor is cond else (uncond, filled)), rows, name)
+            return join(filled, cond, rows, name) if tensor is cond else join(uncond, filled, rows, name)
     if type(cond) is type(uncond) and cond == uncond:
         return cond
-    raise ValueError(f"{name} differs between cond and uncond and is no tensor: {cond!r:.60} and {uncond!r:.60}")
+    raise ValueError(f"{name} differs between cond and uncond and is no tensor: {cond!r:.60} and {uncond!r:.60}; "
+                     "give tensors [batch, ...]")
 
 
 def _expand(value: torch.Tensor, rows: int, name: str) -> torch.Tensor:

@@ -187,7 +187,7 @@ def init(
     *,
     seed: Seed | None = None,
     noise: Noise | None = None,
-    copies: int = 1,
+    copies: int | None = None,
     dtype: torch.dtype = torch.float32,
     model_dtype: torch.dtype | None = None,
     mask: torch.Tensor | None = None,
@@ -202,7 +202,8 @@ def init(
         x: [B, *sample] at the plan's first noise level (x_T); it is copied, not changed.
         seed: of the plan's own noise, an integer or one for each row; random if None.
         noise: the caller's noise in its place: [draws, *x.shape], or a function of the draw number. One plan only.
-        copies: 2 for classifier-free guidance: the model runs on [unconditional; conditional] rows.
+        copies: 2 for classifier-free guidance: the model runs on [unconditional; conditional] rows. By default 2 where
+            a plan is guided, and 1 elsewhere; with 1 the guidance scale of a plan has no effect.
         dtype: float32, or float64, of the sample, the history and the coefficients.
         model_dtype: of the model's input; `dtype` by default.
         mask, known: 1 where `known` (a clean sample) stands; broadcast to x. The plan needs ``known=True``.
@@ -210,6 +211,10 @@ def init(
     """
     plans, row_plan = distinct_plans(plan, x)
     _check_operands(plans, mask, known, constant, extra)
+    if copies is None:
+        copies = 2 if any(p.guided for p in plans) else 1
+    if copies not in (1, 2):
+        raise ValueError(f"copies must be 1 or 2, got {copies}")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     model_dtype = model_dtype or dtype
@@ -248,7 +253,7 @@ def init(
         model_time=torch.empty(copies * rows, dtype=dtype, device=device),
         mask=operand("mask", mask), known=operand("known", known),
         constant=operand("constant", constant), extra=operand("extra", extra),
-        noise=None if source is None else source.buffer,
+        noise=source.buffer if source is not None and plans[0].num_draws else None,
         nonfinite=torch.full((rows,), -1, dtype=torch.int32, device=device),
     )
     _start(plans, row_plan, registers[0], seeds, source)

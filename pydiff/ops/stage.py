@@ -48,7 +48,7 @@ class StageTensors:
     model_time    [copies * B] in the registers' dtype: written. None: not wanted.
     mask, known, constant, extra   [B, *sample] in the registers' dtype, any strides (expanded is fine), or None.
     noise         [draws, B, *sample] in the registers' dtype, any strides: used in place of the Philox noise.
-    nonfinite     [B] int32: set to the cursor of the first stage at which a used model output was not finite; -1 before.
+    nonfinite     [B] int32: cursor of the first stage whose used model output was not finite; -1 before.
     """
 
     registers: torch.Tensor

@@ -61,14 +61,14 @@ class RatioVP(NoiseSchedule):
         return 2.0 * t / (1.0 + t * t)
 
 
-# ------------------------------------------------------------------------------------------------ the model
-
-
 def denoise(x: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
-    """E[x0 | x] for elements that are +-c plus Gaussian noise of deviation 0.2; c from 0.3 to 1.2, so clips act."""
+    """E[x0 | x] for elements that are c or -c (odds e to 1) plus Gaussian noise of deviation 0.2.
+
+    c runs from 0.3 to 1.2, so that a clip at 1 acts; the odds keep the mean away from 0, where nothing is relative.
+    """
     c = torch.linspace(0.3, 1.2, x[0].numel(), dtype=x.dtype).reshape(x.shape[1:])
     variance = (0.2 * alpha) ** 2 + sigma**2
-    return (0.04 * alpha * x + sigma**2 * c * torch.tanh(alpha * c * x / variance)) / variance
+    return (0.04 * alpha * x + sigma**2 * c * torch.tanh(alpha * c * x / variance + 0.5)) / variance
 
 
 def predict(kind: str, x: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
@@ -108,9 +108,6 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-# ------------------------------------------------------------------------------------------------ the peers' modules
-
-
 class _Doubled:
     """A module under whose name float32 means float64."""
 
@@ -142,7 +139,7 @@ def dealt_noise(module: Any, noise: torch.Tensor) -> Iterator[None]:
     """`randn_tensor` in `module` hands out `noise` [draws, *shape] in order."""
     rows = iter(noise)
 
-    def deal(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None) -> torch.Tensor:
+    def deal(shape: Any, generator: Any = None, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         return next(rows).to(dtype or torch.get_default_dtype())
 
     if not hasattr(module, "randn_tensor"):
@@ -153,26 +150,23 @@ def dealt_noise(module: Any, noise: torch.Tensor) -> Iterator[None]:
 
 
 def load_k_diffusion() -> types.ModuleType | None:
-    """`k_diffusion.sampling` without the package's __init__ (which wants a training stack), or None if it is not there."""
+    """`k_diffusion.sampling` without the package's __init__ (which wants a training stack), or None if not there."""
+    stand_ins = {"k_diffusion": types.ModuleType("k_diffusion")}
+    if importlib.util.find_spec("torchvision") is None:  # `utils` imports it, for image files only
+        names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
+        stand_ins.update({name: types.ModuleType(name) for name in names})
+        stand_ins["torchvision.transforms"].functional = stand_ins[names[2]]  # type: ignore[attr-defined]
     try:
         root = importlib.metadata.distribution("k-diffusion").locate_file("k_diffusion")
-        with mock.patch.dict(sys.modules):
-            package = types.ModuleType("k_diffusion")
-            package.__path__ = [str(root)]
-            sys.modules["k_diffusion"] = package
-            if importlib.util.find_spec("torchvision") is None:  # `utils` imports it for image files only
-                functional = types.ModuleType("torchvision.transforms.functional")
-                transforms = types.ModuleType("torchvision.transforms")
-                transforms.functional = functional  # type: ignore[attr-defined]
-                sys.modules.update({"torchvision": types.ModuleType("torchvision"),
-                                    "torchvision.transforms": transforms,
-                                    "torchvision.transforms.functional": functional})
-            return importlib.import_module("k_diffusion.sampling")
+        stand_ins["k_diffusion"].__path__ = [str(root)]
+        sys.modules.update(stand_ins)
+        return importlib.import_module("k_diffusion.sampling")
     except ImportError:
         return None
+    finally:
+        for name in [*stand_ins, "k_diffusion.sampling", "k_diffusion.utils"]:
+            sys.modules.pop(name, None)
 
-
-# ------------------------------------------------------------------------------------------------ diffusers
 
 # How a scheduler holds its sample: x itself at levels of `sigmas` or of `alphas_cumprod`; x / alpha; or x of EDM, flow.
 SCALINGS = {
@@ -233,23 +227,30 @@ def run_diffusers(name: str, config: dict[str, Any], steps: int, *, double: bool
         scheduler.set_timesteps(steps)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
-        flow = bool(config.get("use_flow_sigmas"))
-        scaling = "flow" if flow else SCALINGS.get(name, "vp")
-        levels = _levels(scheduler, scaling)
-        alpha, sigma = level(scaling, levels[0])
-        start = (z if scaling in ("vp", "table", "ratio") else sigma * z.double()).to(torch.float64 if double else z.dtype)
-        sample = start / alpha if scaling == "ratio" else start
-        kind = output_kind(scaling, config)
+        scaling = "flow" if config.get("use_flow_sigmas") else SCALINGS.get(name, "vp")
+        kind, levels = output_kind(scaling, config), _levels(scheduler, scaling)
+        start = _start(z.double() if double else z, scaling, levels[0])
+        sample = start / level(scaling, levels[0])[0] if scaling == "ratio" else start
         accepted = {k: v for k, v in step_options.items() if k in inspect.signature(scheduler.step).parameters}
         for t in scheduler.timesteps:
             # the flow classes have no scale_model_input
             x = scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
-            rho = _table_level(scheduler, int(t)) if scaling == "table" else float(scheduler.sigmas[scheduler.step_index or 0])
-            m = model(kind, x, *level(scaling, rho))
+            m = model(kind, x, *level(scaling, _current_level(scheduler, scaling, t)))
             sample = scheduler.step(m, t, sample, return_dict=False, **accepted)[0]
     if scaling == "ratio":
         sample = sample * level(scaling, levels[-1])[0]
     return PeerRun(sample, levels, len(scheduler.timesteps), start, scaling, kind)
+
+
+def _start(z: torch.Tensor, scaling: str, rho: float) -> torch.Tensor:
+    """x_T: z for variance preserving schedules, sigma z for EDM and flow."""
+    return (level(scaling, rho)[1] * z.double()).to(z.dtype) if scaling in ("edm", "flow") else z
+
+
+def _current_level(scheduler: Any, scaling: str, t: torch.Tensor) -> float:
+    if scaling == "table":
+        return _table_level(scheduler, int(t))
+    return float(scheduler.sigmas[scheduler.step_index or 0])  # there is no index before the first step
 
 
 def _levels(scheduler: Any, scaling: str) -> np.ndarray:
@@ -272,29 +273,29 @@ def _table_level(scheduler: Any, t: int) -> float:
     return (1.0 / squared - 1.0) ** 0.5 if squared else float("inf")
 
 
-# ------------------------------------------------------------------------------------------------ pydiff
-
-
-def run_pydiff(solver: str, run: PeerRun, *, double: bool = False, draws: int = 0, seed: int = 0,
-               model: Model = predict, schedule: NoiseSchedule | None = None, times: np.ndarray | None = None,
-               **options: Any) -> torch.Tensor:
-    """The same problem through a plan: `run` gives the levels and x_T. `times` of `schedule` in place of the levels."""
+def make_peer_plan(solver: str, run: PeerRun, **options: Any) -> pydiff.Plan:
+    """The plan for the levels that a peer went through: of as many model calls as it made."""
     prediction: Any = run.kind
     if run.scaling == "edm":
         prediction = pydiff.EDMPrecond(SIGMA_DATA, output_sign=-1 if run.kind == "edm-v" else 1)
-    if schedule is None:
-        schedule = {"edm": pydiff.EDM(), "flow": pydiff.RectifiedFlow()}.get(run.scaling, RatioVP())
-        # all of these have the level itself as their time
-        times = run.levels
-    plan = pydiff.make_plan(solver, schedule, times=times, prediction=prediction, **options)
+    # each of these schedules has the level itself as its time
+    schedule = {"edm": pydiff.EDM(), "flow": pydiff.RectifiedFlow()}.get(run.scaling, RatioVP())
+    plan = pydiff.make_plan(solver, schedule, times=run.levels, prediction=prediction, **options)
     assert len(plan) == run.calls, f"{solver} makes {len(plan)} calls, the peer {run.calls}"
-    assert plan.num_draws <= draws, f"{solver} draws {plan.num_draws} times"
+    told = np.exp(4.0 * plan.model_times) if run.scaling == "edm" else plan.model_times  # c_noise = ln(sigma) / 4
+    np.testing.assert_allclose(schedule.sigma(told), plan.sigma[:-1], rtol=1e-12)
+    return plan
 
-    def at_time(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        time = float(t[0])
-        if run.scaling == "edm":  # its model is told ln(sigma) / 4
-            time = float(np.exp(4.0 * time))
-        return model(run.kind, x, float(schedule.alpha(time)), float(schedule.sigma(time)))
 
+def stage_model(plan: pydiff.Plan, kind: str, model: Model = predict) -> Callable[..., torch.Tensor]:
+    """The model as a plan calls it; the level is the one at which the plan says that x is."""
+    levels = iter(zip(plan.alpha.tolist(), plan.sigma.tolist()))
+    return lambda x, t: model(kind, x, *next(levels))
+
+
+def run_pydiff(plan: pydiff.Plan, run: PeerRun, *, double: bool = False, draws: int = 0, seed: int = 0,
+               model: Model = predict) -> torch.Tensor:
+    """The problem that `run` solved, through a plan."""
     noise = problem(draws, seed)[1] if plan.num_draws else None
-    return pydiff.run_plan(plan, at_time, run.start, noise=noise, dtype=torch.float64 if double else torch.float32)
+    dtype = torch.float64 if double else torch.float32
+    return pydiff.run_plan(plan, stage_model(plan, run.kind, model), run.start, noise=noise, dtype=dtype)

@@ -1,0 +1,337 @@
+"""What a sampler costs between two model calls, beside diffusers' and k-diffusion's own, in one run.
+
+    python benchmarks/stage_update.py [--device cuda] [--shapes tiny,mid,big] [--quick] [--out FILE]
+
+The model is a constant tensor, so that nothing but the sampler is timed: loops of 20 steps, divided by 20.
+
+pydiff      `pydiff.step` over a whole plan, on a new state each time: the first step, which looks at every tensor, is
+            in it. Not in it: making the plan, and `init`.
+  alone     the same loop on a state that has been through it before: what a step costs once everything is in place.
+  all       the whole loop with the plan used again: `init`, and for each step the model's input and time, and `step`.
+diffusers   `scheduler.step(m, t, x, return_dict=False)` for t in scheduler.timesteps, with a generator where the class
+            takes one, as pipelines call it, and `set_begin_index(0)`, which spares it a search. `scale_model_input` is
+            counted for the Euler classes alone: the others return their argument, and pydiff's step scales the
+            model's input itself. Not in it: `set_timesteps`.
+k-diffusion the sampler function, which scales no input. Stochastic ones get plain `randn_like` noise in place of
+            their Brownian tree, which takes far longer.
+copy_       one `copy_` of a tensor of the sample's shape into another.
+
+Everything runs with one thread on the smallest shape, where more bring nothing, and with all threads on the others.
+On CUDA every loop ends with a synchronisation; `host` is when the call returned, `device` is a graph's replay.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __package__ in (None, ""):  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import pydiff
+from benchmarks import graph_timing, harness, noise
+from benchmarks.harness import Entries, Entry, NotMeasured, Outcome, Target, Timing
+from pydiff.ops import table
+
+STEPS = 20
+SHAPES = {"tiny": (1, 4, 8, 8), "mid": (8, 4, 128, 128), "big": (64, 4, 128, 128)}
+PAST_CACHE = {"past_cache": (1024, 4, 128, 128)}  # 256 MiB a tensor: GPUs keep the big one in their cache
+ROUNDS = {"tiny": 25, "mid": 15}
+OTHER_ROUNDS = 9
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One sampler in three packages."""
+
+    solver: str
+    scheduler: str
+    config: dict[str, Any] = field(default_factory=dict)
+    step: dict[str, Any] = field(default_factory=dict)  # arguments of the scheduler's step
+    scales_input: bool = False
+    function: str = ""  # of k_diffusion.sampling
+    noisy: bool = False  # that function takes a noise sampler
+
+
+SAMPLERS = {
+    "ddim": Sampler("ddim", "DDIMScheduler", {"clip_sample": False}, {"eta": 0.0}),
+    "dpmpp_2m": Sampler("dpmpp_2m", "DPMSolverMultistepScheduler", function="sample_dpmpp_2m"),
+    "dpmpp_3m": Sampler("dpmpp_3m", "DPMSolverMultistepScheduler", {"solver_order": 3}),
+    "unipc": Sampler("unipc", "UniPCMultistepScheduler"),
+    "euler": Sampler("euler", "EulerDiscreteScheduler", scales_input=True, function="sample_euler"),
+    "euler_ancestral": Sampler("euler_ancestral", "EulerAncestralDiscreteScheduler", scales_input=True,
+                               function="sample_euler_ancestral", noisy=True),
+    "dpmpp_2m_sde": Sampler("dpmpp_2m_sde", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"},
+                            function="sample_dpmpp_2m_sde", noisy=True),
+}
+
+
+# ------------------------------------------------------------------------------------------------ what is timed
+
+
+def make_plan(sampler: Sampler) -> pydiff.Plan:
+    """The sampler on the schedule that diffusers' classes have by default."""
+    return pydiff.make_plan(sampler.solver, pydiff.DiscreteBetas.named("linear"), STEPS)
+
+
+def our_entries(sampler: Sampler, x: torch.Tensor, m: torch.Tensor) -> Entries:
+    plan = make_plan(sampler)
+    fresh, kept = [pydiff.init(plan, x, seed=0)], pydiff.init(plan, x, seed=0)
+    start = kept.tensors.cursor.clone()
+
+    def renew() -> None:
+        fresh[0] = pydiff.init(plan, x, seed=0)
+
+    def rewind() -> None:
+        kept.tensors.registers[0].copy_(x)
+        kept.tensors.cursor.copy_(start)
+        kept.steps_done = 0
+
+    def run(state: pydiff.State) -> pydiff.State:
+        while not state.finished:
+            pydiff.step(state, m)
+        return state
+
+    def whole() -> pydiff.State:
+        state = pydiff.init(plan, x, seed=0)
+        while not state.finished:
+            _ = state.model_input, state.model_time
+            pydiff.step(state, m)
+        return state
+
+    per = len(plan)
+    return {"pydiff": Entry("pydiff", lambda: run(fresh[0]), per, renew),
+            "pydiff alone": Entry("pydiff alone", lambda: run(kept), per, rewind),
+            "pydiff all": Entry("pydiff all", whole, per)}
+
+
+def diffusers_entry(sampler: Sampler, x: torch.Tensor, m: torch.Tensor) -> Entry:
+    import diffusers
+
+    scheduler = getattr(diffusers, sampler.scheduler)(**sampler.config)
+    generator = torch.Generator(x.device).manual_seed(0)
+    draws = "generator" in inspect.signature(scheduler.step).parameters
+    arguments = {**sampler.step, "return_dict": False, **({"generator": generator} if draws else {})}
+
+    def before() -> None:
+        scheduler.set_timesteps(STEPS, device=x.device)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+
+    def run() -> torch.Tensor:
+        sample = x
+        for t in scheduler.timesteps:
+            if sampler.scales_input:
+                scheduler.scale_model_input(sample, t)
+            sample = scheduler.step(m, t, sample, **arguments)[0]
+        return sample
+
+    before()
+    generators = [generator] if draws and x.is_cuda else []
+    return Entry("diffusers", run, len(scheduler.timesteps), before, generators)
+
+
+def k_diffusion_entry(sampler: Sampler, x: torch.Tensor, m: torch.Tensor) -> Entry | NotMeasured:
+    if not sampler.function:
+        return NotMeasured("k-diffusion has no such sampler")
+    from tests.oracles.peers import load_k_diffusion
+
+    sampling = load_k_diffusion()
+    if sampling is None:
+        return NotMeasured("k-diffusion is not installed, or lacks a package it needs")
+    function = getattr(sampling, sampler.function)
+    options: dict[str, Any] = {"noise_sampler": lambda sigma, sigma_next: torch.randn_like(x)} if sampler.noisy else {}
+    sigmas = sampling.get_sigmas_karras(STEPS, 0.03, 14.6, device=x.device)
+
+    def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return m
+
+    return Entry("k-diffusion", lambda: function(model, x, sigmas, disable=True, **options), STEPS)
+
+
+def copy_entry(x: torch.Tensor) -> Entry:
+    y = torch.empty_like(x).copy_(x)
+
+    def run() -> None:
+        for _ in range(STEPS):
+            y.copy_(x)
+
+    return Entry("copy_", run, STEPS)
+
+
+def entries_for(sampler: Sampler, x: torch.Tensor, m: torch.Tensor) -> Entries:
+    """Everything that is compared with one another, rivals that cannot run among it."""
+    entries: Entries = {"copy_": copy_entry(x)}
+    try:
+        entries |= our_entries(sampler, x, m)
+    except torch.OutOfMemoryError as error:
+        entries |= {name: harness.failure(error) for name in ("pydiff", "pydiff alone", "pydiff all")}
+    entries["diffusers"] = harness.attempt(diffusers_entry, sampler, x, m)
+    entries["k-diffusion"] = harness.attempt(k_diffusion_entry, sampler, x, m)
+    return entries
+
+
+def tensors_moved(plan: pydiff.Plan) -> float:
+    """Sample-sized tensors that a step has to read and to write, the mean over the plan."""
+    total = 0
+    for c, slots, weights in zip(plan.coefficients, plan.indices[:, : table.WRITE_B + 1], plan.weights):
+        written = [0, *(k + 1 for k in range(2) if slots[k] >= 0)]
+        used = (weights[written] != 0).any(axis=0)
+        if used[table.D]:
+            used[table.X] |= c[table.OUTPUT] != 0
+            used[table.M] |= c[table.OUTPUT + 1] != 0
+        used[[table.D, table.Z0, table.Z1]] = False  # made in registers
+        total += int(used.sum()) + len(written)
+    return total / len(plan)
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+def run_sampler(name: str, shape: tuple[int, ...], device: torch.device, rounds: int, turn: float) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(device)
+    m = torch.randn(shape, generator=generator).mul_(0.1).to(device)
+    synchronize: Callable[[], Any] | None = torch.cuda.synchronize if device.type == "cuda" else None
+    entries = entries_for(SAMPLERS[name], x, m)
+    found = harness.measure(entries, rounds, turn=turn, synchronize=synchronize)
+    # A graph is captured of what is bound already; the loop on a new state would be the same kernels.
+    on_device = ({k: e for k, e in entries.items() if k not in ("pydiff", "pydiff all")}
+                 if device.type == "cuda" else {})
+    replayed = graph_timing.measure_device(on_device, rounds) if on_device else {}
+    return {"sampler": name, "shape": list(shape), "threads": torch.get_num_threads(),
+            "tensors_moved": tensors_moved(make_plan(SAMPLERS[name])), "outcomes": found, "device": replayed}
+
+
+def run_shape(shape: tuple[int, ...], device: torch.device, rounds: int, turn: float) -> list[dict[str, Any]]:
+    """All samplers on one shape. On the CPU a tiny tensor is served by one thread, for everyone."""
+    threads = torch.get_num_threads()
+    if shape == SHAPES["tiny"]:
+        torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            return [run_sampler(name, shape, device, rounds, turn) for name in SAMPLERS]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def targets(rows: list[dict[str, Any]], normals: dict[str, Outcome]) -> list[Target]:
+    """What the CPU has to reach. A row that is not there leaves its target unmeasured."""
+    def target(claim: str, shape: str, sampler: str, above: str, below: str, limit: float, **how: bool) -> Target:
+        row = next((r for r in rows if tuple(r["shape"]) == SHAPES[shape] and r["sampler"] == sampler), None)
+        found = row["outcomes"] if row else {}
+        return Target(f"{sampler} on {list(SHAPES[shape])}: {claim}", found.get(above), found.get(below), limit, **how)
+
+    return [
+        target("times cheaper than diffusers", "tiny", "dpmpp_2m", "diffusers", "pydiff", 30),
+        target("times cheaper than diffusers", "big", "dpmpp_2m", "diffusers", "pydiff", 6),
+        target("in units of one copy_", "big", "dpmpp_2m", "pydiff", "copy_", 3, at_least=False),
+        target("times cheaper than diffusers", "big", "dpmpp_2m_sde", "diffusers", "pydiff", 10),
+        Target("normals, 16 MiB: times faster than Tensor.normal_", normals.get("normal_"), normals.get("pydiff fill"), 5),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+COLUMNS = ("copy_", "pydiff", "pydiff alone", "pydiff all", "diffusers", "k-diffusion")
+
+
+def host_table(rows: list[dict[str, Any]]) -> str:
+    """Microseconds a step, median (minimum), and the ratios of the medians."""
+    def cells(row: dict[str, Any]) -> list[str]:
+        found = row["outcomes"]
+        ours = found["pydiff"]
+        ratios = [harness.ratio(ours, found["copy_"]), *(harness.ratio(found[k], ours) for k in COLUMNS[-2:])]
+        return [row["sampler"], *(harness.microseconds(found[k]) for k in COLUMNS), f"{row['tensors_moved']:.1f}",
+                *map(harness.number, ratios)]
+
+    return harness.markdown(["us a step: median (min)", *COLUMNS, "tensors moved", "pydiff / copy_",
+                             "diffusers / pydiff", "k-diffusion / pydiff"], map(cells, rows))
+
+
+def device_table(rows: list[dict[str, Any]]) -> str:
+    """CUDA: how long the host is busy with a step, and how long the device is."""
+    columns = ("copy_", "pydiff alone", "diffusers", "k-diffusion")
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        host = [row["outcomes"][k] for k in columns]
+        busy = [harness.number(o.to_dict().get("host_median_us") if isinstance(o, Timing) else None) for o in host]
+        return [row["sampler"], *busy, *(harness.microseconds(row["device"][k]) for k in columns),
+                harness.number(harness.ratio(row["device"]["pydiff alone"], row["device"]["copy_"])),
+                harness.number(harness.ratio(row["device"]["diffusers"], row["device"]["pydiff alone"]))]
+
+    header = ["us a step", *(f"host: {k}" for k in columns), *(f"device: {k}" for k in columns),
+              "device: pydiff / copy_", "device: diffusers / pydiff"]
+    return harness.markdown(header, map(cells, rows))
+
+
+def reasons(rows: list[dict[str, Any]]) -> list[str]:
+    """Why the numbers that are missing are missing, each reason once."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for where in ("outcomes", "device"):
+            for name, outcome in row[where].items():
+                if isinstance(outcome, NotMeasured):
+                    key = f"{name}{' (device)' if where == 'device' else ''}: {outcome.reason}"
+                    found.setdefault(key, []).append(row["sampler"])
+    return [f"{harness.NOT_MEASURED}: {key} [{', '.join(dict.fromkeys(names))}]" for key, names in found.items()]
+
+
+def to_json(row: dict[str, Any]) -> dict[str, Any]:
+    outcomes = {name: outcome.to_dict() for name, outcome in row["outcomes"].items()}
+    for name, outcome in row["outcomes"].items():
+        outcomes[name]["ratio_to_copy"] = harness.ratio(outcome, row["outcomes"]["copy_"])
+        outcomes[name]["ratio_to_pydiff"] = harness.ratio(outcome, row["outcomes"]["pydiff"])
+    device = {name: outcome.to_dict() for name, outcome in row["device"].items()}
+    return {**row, "outcomes": outcomes, "device": device}
+
+
+def parse_shapes(text: str | None, device: torch.device) -> dict[str, tuple[int, ...]]:
+    known = {**SHAPES, **PAST_CACHE}
+    if text is None:
+        return known if device.type == "cuda" else SHAPES
+    wanted = [name.strip() for name in text.split(",")]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise SystemExit(f"--shapes: {unknown[0]!r} is not one of {', '.join(known)}")
+    return {name: known[name] for name in wanted}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = harness.parser(__doc__.splitlines()[0])
+    parser.add_argument("--shapes", help=f"some of {', '.join((*SHAPES, *PAST_CACHE))}, with commas between")
+    arguments = parser.parse_args(argv)
+    device = harness.device_of(arguments)
+    environment, turn = harness.environment(device), 0.0 if arguments.quick else 0.01
+    harness.warn_if_busy(environment)
+    rows = []
+    for name, shape in parse_shapes(arguments.shapes, device).items():
+        rounds = arguments.rounds or (2 if arguments.quick else ROUNDS.get(name, OTHER_ROUNDS))
+        found = run_shape(shape, device, rounds, turn)
+        rows += found
+        print(f"\n{list(shape)}, {device.type}, {found[0]['threads']} threads, {rounds} rounds\n\n{host_table(found)}")
+        if device.type == "cuda":
+            print(f"\n{device_table(found)}")
+    normals: dict[str, Outcome] = {}
+    if any(tuple(row["shape"]) == SHAPES["big"] for row in rows):
+        rounds = arguments.rounds or (2 if arguments.quick else 15)
+        normals = noise.measure_size(SHAPES["big"], device, rounds, turn)
+    judged = targets(rows, normals) if device.type == "cpu" else []
+    print("", *reasons(rows), sep="\n")
+    if judged:
+        print(f"\n{harness.target_table(judged)}")
+    result = {"benchmark": "stage_update", "environment": environment, "quick": arguments.quick, "steps": STEPS,
+              "rows": [to_json(row) for row in rows], "normals": {k: o.to_dict() for k, o in normals.items()},
+              "targets": [target.to_dict() for target in judged]}
+    print(f"\nwritten to {harness.save(result, arguments.out)}")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The build: what is compiled, that it degrades instead of failing, and that the CUDA code compiles without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pydiff import _native
+
+ROOT = Path(__file__).parent.parent
+NVCC = shutil.which("nvcc")
+
+pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs the source tree")
+
+
+def python(code: str, **env: str) -> str:
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def build(target: Path, **env: str) -> tuple[list[str], str]:
+    """Run setup.py's build of the extension; the modules it left, and what it printed."""
+    pytest.importorskip("pybind11")
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", target, "--build-temp", target / "temp"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return [path.name for path in target.glob("pydiff/_C*")], done.stdout + done.stderr
+
+
+def test_torch_is_no_build_requirement():
+    text = (ROOT / "pyproject.toml").read_text()
+    requires = re.search(r"requires = \[(.*?)\]", text)
+    assert requires and "torch" not in requires.group(1)
+    assert "import torch" not in (ROOT / "setup.py").read_text()
+
+
+def test_no_cxx_source_includes_torch():
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert sources and not [path for path in sources if re.search(r"#include .*(torch|ATen|c10)/", path.read_text())]
+
+
+def test_without_a_compiler_the_build_ends_with_one_line(tmp_path):
+    modules, printed = build(tmp_path, CXX="/bin/false", PYDIFF_CUDA="0")
+    assert modules == []
+    assert len([line for line in printed.splitlines() if line.startswith("pydiff:")]) == 1
+    assert "building without compiled code" in printed
+
+
+def test_a_failing_nvcc_costs_only_cuda(tmp_path):
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        pytest.skip("no C++ compiler")
+    fake = tmp_path / "cuda" / "bin" / "nvcc"
+    fake.parent.mkdir(parents=True)
+    fake.write_text("#!/bin/sh\nexit 1\n")
+    fake.chmod(0o755)
+    modules, printed = build(tmp_path / "out", CUDA_HOME=str(tmp_path / "cuda"), PYDIFF_CUDA="")
+    assert len(modules) == 1
+    assert "building without CUDA" in printed and "without compiled code" not in printed
+
+
+def test_cuda_can_be_demanded(tmp_path):
+    fake = tmp_path / "cuda" / "bin" / "nvcc"
+    fake.parent.mkdir(parents=True)
+    fake.write_text("#!/bin/sh\nexit 1\n")
+    fake.chmod(0o755)
+    env = {**os.environ, "CUDA_HOME": str(tmp_path / "cuda"), "PYDIFF_CUDA": "1"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path]
+    assert subprocess.run(command, capture_output=True, env=env, cwd=ROOT).returncode != 0
+
+
+def test_the_environment_turns_compiled_code_off():
+    code = """
+import torch
+from pydiff import _native
+print(*[_native.available(op, torch.device("cpu")) for op in ("stage", "noise")], sep="\\n")
+"""
+    off = python(code, PYDIFF_NATIVE="0").splitlines()
+    assert all("False" in line and "PYDIFF_NATIVE=0" in line for line in off)
+    if _native._C is not None:
+        one = python(code, PYDIFF_NATIVE="1", PYDIFF_DISABLE="stage").splitlines()
+        assert "False" in one[0] and "True" in one[1]
+
+
+@pytest.mark.skipif(_native._C is None, reason="no compiled code")
+def test_the_instruction_set_can_be_chosen_and_is_reported():
+    code = "from pydiff import _native; print(_native.build_info()['isa'])"
+    for isa in _native.build_info()["isas"]:
+        assert python(code, PYDIFF_CPU_ISA=isa) == isa
+
+
+def test_every_reason_is_a_sentence_for_the_user():
+    fast, reason = _native.available("stage", torch.device("mps"))
+    assert not fast and (("mps" in reason) or _native._C is None)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or _native._C is None, reason="no fork, or no compiled code")
+@pytest.mark.parametrize("openmp", ["openmp", "own"])
+def test_a_forked_child_can_use_threads(openmp):
+    """The parent's worker threads do not exist in the child; work there must neither wait for them nor change."""
+    code = f"""
+import os, signal, torch
+from pydiff.ops.noise import normal
+signal.alarm(60)
+torch.set_num_threads(3)
+seeds = torch.arange(8)
+if {openmp == "openmp"}:
+    expected = normal(seeds, 0, (40_000,))
+pid = os.fork()
+if pid == 0:
+    signal.alarm(60)
+    torch.set_num_threads(3)
+    once, again = normal(seeds, 0, (40_000,)), normal(seeds, 0, (40_000,))
+    torch.set_num_threads(1)  # torch's own operations would wait for the parent's threads
+    os._exit(0 if torch.equal(once, again) and bool(once.isfinite().all()) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    assert python(code) == "0"
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.parametrize("arch", ["80", "90", pytest.param("100", marks=pytest.mark.slow)])
+def test_the_cuda_kernels_compile_without_spills(arch, tmp_path):
+    known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    if f"compute_{arch}" not in known:
+        pytest.skip(f"this nvcc does not know sm_{arch}")
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        command = [NVCC, "-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", target, "-c", source]
+        command += ["-o", tmp_path / "out.o"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+        assert len(kernels) == (4 if source.stem == "stage" else 1), done.stderr
+        assert all(numbers == ("0", "0", "0") for numbers in kernels), done.stderr
+        registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+        assert max(registers) <= 255 and min(registers) <= 85, registers
