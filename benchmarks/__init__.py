@@ -1,1 +1,1 @@
-"""One script a claim: each measures pydiff beside its rivals in one run and writes what it found, see README.md."""
+"""One script a claim: each measures pydiff beside its rivals in one run, see README.md."""

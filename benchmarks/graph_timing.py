@@ -8,15 +8,16 @@ import torch
 
 from benchmarks.harness import Entries, Entry, NotMeasured, Outcome, Timing, failure
 
-# A copy of this many bytes goes ahead of each replay: the host enqueues the graph meanwhile, so that its latency is
-# not measured, and the cache forgets what the entry before left in it.
+# A copy of this many bytes goes ahead of each replay: the host enqueues the graph meanwhile, so that its
+# latency is not measured, and the cache forgets what the entry before left in it.
 FILLER_BYTES = 1 << 28
 
 
 def measure_device(entries: Entries, rounds: int) -> dict[str, Outcome]:
-    """Time on the device alone: each entry is captured in a CUDA graph, and the replays are timed with events.
+    """Seconds an operation takes the device, for each entry, with the entries replayed in turn.
 
-    What synchronises with the host cannot be captured, and is not measured; `measure` times it with its waits.
+    What synchronises with the host cannot be captured and is not measured here; `harness.measure` times it, its
+    waits included.
     """
     outcomes: dict[str, Outcome] = {name: e for name, e in entries.items() if isinstance(e, NotMeasured)}
     graphs: dict[str, tuple[Entry, torch.cuda.CUDAGraph, Any]] = {}

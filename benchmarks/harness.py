@@ -1,7 +1,7 @@
-"""How the numbers are taken: several entries timed in turn in one process, with what is needed to take them again.
+"""How the numbers are taken: several entries timed in turn, with what is needed to take them again.
 
-Entries are measured round by round: in each round every entry has one turn, and the order moves on by one from round
-to round, so that a slow moment of the machine falls on all of them. A turn is as many runs as fill `turn` seconds;
+Entries are measured round by round: in each round every entry has one turn, and the order moves on by one each
+round, so that a slow moment of the machine falls on all of them. A turn is as many runs as fill `turn` seconds;
 its median is one number, and the median of those over the rounds is the result. The minimum is the fastest run.
 """
 
@@ -49,12 +49,15 @@ class Entry:
 
 @dataclass
 class Timing:
-    """Seconds an operation: one number a round, and the fastest run of all."""
+    """Seconds an operation: one number a round, and the fastest run of all.
+
+    host: until the call returned, where a device may work on after that.
+    """
 
     rounds: list[float]
     minimum: float
     runs: int
-    host: list[float] = field(default_factory=list)  # until the call returned, where a device worked on after that
+    host: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -91,6 +94,14 @@ class NotMeasured:
 
 
 Outcome = Timing | NotMeasured
+
+
+def to_json(outcomes: dict[str, Outcome]) -> dict[str, dict[str, Any]]:
+    return {name: outcome.to_dict() for name, outcome in outcomes.items()}
+
+
+Clock = Callable[[], float]
+Wait = Callable[[], Any] | None  # waits for the device; None where there is only the host
 Entries = dict[str, Entry | NotMeasured]
 
 
@@ -107,12 +118,12 @@ def attempt(make: Callable[..., Entry | NotMeasured], *arguments: Any) -> Entry 
         return failure(error)
 
 
-# ------------------------------------------------------------------------------------------------ timing
+# ------------------------------------------------------------------------------------ timing
 
 
-def measure(entries: Entries, rounds: int, *, turn: float = 0.01, synchronize: Callable[[], Any] | None = None,
-            clock: Callable[[], float] = time.perf_counter) -> dict[str, Outcome]:
-    """Time the entries in turn. `synchronize` waits for the device; without it only the host is timed.
+def measure(entries: Entries, rounds: int, *, turn: float = 0.01, synchronize: Wait = None,
+            clock: Clock = time.perf_counter) -> dict[str, Outcome]:
+    """Time the entries in turn.
 
     An entry that raises is left out from then on, and says why. Its rivals are timed all the same.
     """
@@ -154,7 +165,7 @@ def measure(entries: Entries, rounds: int, *, turn: float = 0.01, synchronize: C
     return {name: outcomes[name] for name in entries}
 
 
-def _time_once(entry: Entry, synchronize: Callable[[], Any] | None, clock: Callable[[], float]) -> tuple[float, float]:
+def _time_once(entry: Entry, synchronize: Wait, clock: Clock) -> tuple[float, float]:
     """Seconds until the work was done, and until the host was free again."""
     if entry.before:
         entry.before()
@@ -178,7 +189,7 @@ def _timing(turns: list[list[tuple[float, float]]], per: int, host: bool) -> Tim
     return Timing(done, fastest, sum(map(len, turns)), returned if host else [])
 
 
-# ------------------------------------------------------------------------------------------------ judging
+# ------------------------------------------------------------------------------------ judging
 
 
 def ratio(rival: Outcome | None, ours: Outcome | None) -> float | None:
@@ -222,8 +233,8 @@ class Target:
 
     def to_dict(self) -> dict[str, Any]:
         medians, minima = self.values or (None, None)
-        return {"claim": self.claim, "ratio_of_medians": medians, "ratio_of_minima": minima, "wanted": self.wanted,
-                "verdict": self.verdict}
+        return {"claim": self.claim, "ratio_of_medians": medians, "ratio_of_minima": minima,
+                "wanted": self.wanted, "verdict": self.verdict}
 
 
 def target_table(targets: Iterable[Target]) -> str:
@@ -231,11 +242,11 @@ def target_table(targets: Iterable[Target]) -> str:
     return markdown(["target", "medians", "minima", "wanted", "verdict"], rows)
 
 
-# ------------------------------------------------------------------------------------------------ writing down
+# ------------------------------------------------------------------------------------ writing down
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, without exponents; "not measured" for None."""
+    """Three significant digits; "not measured" for None."""
     if value is None:
         return NOT_MEASURED
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
@@ -274,7 +285,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command line that takes these numbers again: without --out, which is about one machine's folders."""
+    """The command line that takes these numbers again, without --out, which names one machine's folders."""
     script = Path(sys.argv[0]).resolve()
     name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
     given, kept = iter(sys.argv[1:]), []
@@ -294,9 +305,10 @@ def _version(distribution: str) -> str | None:
 
 
 def _source() -> dict[str, Any]:
-    """The commit, and whether files differ from it. Where there is no git, PYDIFF_COMMIT may name the commit."""
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    """The commit, and whether files differ from it. Where git does not know, PYDIFF_COMMIT may say."""
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
@@ -305,13 +317,13 @@ def _source() -> dict[str, Any]:
 
 
 def save(result: dict[str, Any], out: str | Path | None) -> Path:
-    """Write a result as JSON, whole or not at all. `out` is a file or a folder; benchmarks/results/ by default."""
+    """Write a result as JSON, whole or not at all, to a .json file or into a folder (benchmarks/results/)."""
     path = Path(out) if out else RESULTS
     if path.is_dir() or path.suffix != ".json":
         stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d-%H%M%S")
         path = path / f"{result['benchmark']}-{result['environment']['device_kind']}-{stamp}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
         json.dump(result, file, indent=1)
         file.write("\n")
     os.chmod(file.name, 0o644)
@@ -322,7 +334,7 @@ def save(result: dict[str, Any], out: str | Path | None) -> Path:
 def warn_if_busy(environment: dict[str, Any]) -> None:
     load = environment["load_average"][0]
     if load > 0.5:
-        print(f"the load average was {load:.1f} at the start: other programs were running, the numbers are rough")
+        print(f"load average {load:.1f} at the start: other programs were running, the numbers are rough")
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -4,20 +4,21 @@
 
 The model is a constant tensor, so that nothing but the sampler is timed: loops of 20 steps, divided by 20.
 
-pydiff      `pydiff.step` over a whole plan, on a new state each time: the first step, which looks at every tensor, is
-            in it. Not in it: making the plan, and `init`.
-  alone     the same loop on a state that has been through it before: what a step costs once everything is in place.
-  all       the whole loop with the plan used again: `init`, and for each step the model's input and time, and `step`.
-diffusers   `scheduler.step(m, t, x, return_dict=False)` for t in scheduler.timesteps, with a generator where the class
-            takes one, as pipelines call it, and `set_begin_index(0)`, which spares it a search. `scale_model_input` is
-            counted for the Euler classes alone: the others return their argument, and pydiff's step scales the
-            model's input itself. Not in it: `set_timesteps`.
-k-diffusion the sampler function, which scales no input. Stochastic ones get plain `randn_like` noise in place of
-            their Brownian tree, which takes far longer.
+pydiff      `pydiff.step` over a whole plan, on a new state each time: its first step, which looks at every
+            tensor, counts. Not counted: making the plan, and `init`.
+  alone     the same loop on a state that has been through it before: a step once everything is in place.
+  all       a whole run whose plan is used again: `init`, and for each step the model's input and time, and
+            `step`.
+diffusers   `scheduler.step(m, t, x, return_dict=False)` for t in scheduler.timesteps, with a generator where
+            the class takes one, as pipelines call it, and `set_begin_index(0)`, which spares it a search.
+            `scale_model_input` counts for the Euler classes alone: the others return their argument, and
+            pydiff's step scales the model's input itself. Not counted: `set_timesteps`.
+k-diffusion the sampler function, which scales no input. Stochastic ones get plain `randn_like` noise in place
+            of their Brownian tree, which takes far longer.
 copy_       one `copy_` of a tensor of the sample's shape into another.
 
-Everything runs with one thread on the smallest shape, where more bring nothing, and with all threads on the others.
-On CUDA every loop ends with a synchronisation; `host` is when the call returned, `device` is a graph's replay.
+Everything runs with one thread on the smallest shape, where more bring nothing, with all threads elsewhere.
+On CUDA every loop ends with a synchronisation; `host` is when the call returned, `device` a graph's replay.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ if __package__ in (None, ""):  # run as a file
 
 import pydiff
 from benchmarks import graph_timing, harness, noise
-from benchmarks.harness import Entries, Entry, NotMeasured, Outcome, Target, Timing
+from benchmarks.harness import Entries, Entry, NotMeasured, Outcome, Target
 from pydiff.ops import table
 
 STEPS = 20
 SHAPES = {"tiny": (1, 4, 8, 8), "mid": (8, 4, 128, 128), "big": (64, 4, 128, 128)}
 PAST_CACHE = {"past_cache": (1024, 4, 128, 128)}  # 256 MiB a tensor: GPUs keep the big one in their cache
+Shape = tuple[int, ...]
+Row = dict[str, Any]  # one sampler on one shape
 ROUNDS = {"tiny": 25, "mid": 15}
 OTHER_ROUNDS = 9
 
@@ -59,6 +62,7 @@ class Sampler:
     noisy: bool = False  # that function takes a noise sampler
 
 
+SDE = {"algorithm_type": "sde-dpmsolver++"}
 SAMPLERS = {
     "ddim": Sampler("ddim", "DDIMScheduler", {"clip_sample": False}, {"eta": 0.0}),
     "dpmpp_2m": Sampler("dpmpp_2m", "DPMSolverMultistepScheduler", function="sample_dpmpp_2m"),
@@ -67,12 +71,12 @@ SAMPLERS = {
     "euler": Sampler("euler", "EulerDiscreteScheduler", scales_input=True, function="sample_euler"),
     "euler_ancestral": Sampler("euler_ancestral", "EulerAncestralDiscreteScheduler", scales_input=True,
                                function="sample_euler_ancestral", noisy=True),
-    "dpmpp_2m_sde": Sampler("dpmpp_2m_sde", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"},
-                            function="sample_dpmpp_2m_sde", noisy=True),
+    "dpmpp_2m_sde": Sampler("dpmpp_2m_sde", "DPMSolverMultistepScheduler", SDE, noisy=True,
+                            function="sample_dpmpp_2m_sde"),
 }
 
 
-# ------------------------------------------------------------------------------------------------ what is timed
+# ------------------------------------------------------------------------------------ what is timed
 
 
 def make_plan(sampler: Sampler) -> pydiff.Plan:
@@ -146,7 +150,9 @@ def k_diffusion_entry(sampler: Sampler, x: torch.Tensor, m: torch.Tensor) -> Ent
     if sampling is None:
         return NotMeasured("k-diffusion is not installed, or lacks a package it needs")
     function = getattr(sampling, sampler.function)
-    options: dict[str, Any] = {"noise_sampler": lambda sigma, sigma_next: torch.randn_like(x)} if sampler.noisy else {}
+    options: dict[str, Any] = {}
+    if sampler.noisy:
+        options["noise_sampler"] = lambda sigma, sigma_next: torch.randn_like(x)
     sigmas = sampling.get_sigmas_karras(STEPS, 0.03, 14.6, device=x.device)
 
     def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -191,10 +197,10 @@ def tensors_moved(plan: pydiff.Plan) -> float:
     return total / len(plan)
 
 
-# ------------------------------------------------------------------------------------------------ the run
+# ------------------------------------------------------------------------------------ the run
 
 
-def run_sampler(name: str, shape: tuple[int, ...], device: torch.device, rounds: int, turn: float) -> dict[str, Any]:
+def run_sampler(name: str, shape: Shape, device: torch.device, rounds: int, turn: float) -> Row:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).to(device)
     m = torch.randn(shape, generator=generator).mul_(0.1).to(device)
@@ -209,7 +215,7 @@ def run_sampler(name: str, shape: tuple[int, ...], device: torch.device, rounds:
             "tensors_moved": tensors_moved(make_plan(SAMPLERS[name])), "outcomes": found, "device": replayed}
 
 
-def run_shape(shape: tuple[int, ...], device: torch.device, rounds: int, turn: float) -> list[dict[str, Any]]:
+def run_shape(shape: Shape, device: torch.device, rounds: int, turn: float) -> list[Row]:
     """All samplers on one shape. On the CPU a tiny tensor is served by one thread, for everyone."""
     threads = torch.get_num_threads()
     if shape == SHAPES["tiny"]:
@@ -221,47 +227,49 @@ def run_shape(shape: tuple[int, ...], device: torch.device, rounds: int, turn: f
         torch.set_num_threads(threads)
 
 
-def targets(rows: list[dict[str, Any]], normals: dict[str, Outcome]) -> list[Target]:
+def targets(rows: list[Row], normals: dict[str, Outcome]) -> list[Target]:
     """What the CPU has to reach. A row that is not there leaves its target unmeasured."""
-    def target(claim: str, shape: str, sampler: str, above: str, below: str, limit: float, **how: bool) -> Target:
-        row = next((r for r in rows if tuple(r["shape"]) == SHAPES[shape] and r["sampler"] == sampler), None)
-        found = row["outcomes"] if row else {}
-        return Target(f"{sampler} on {list(SHAPES[shape])}: {claim}", found.get(above), found.get(below), limit, **how)
+    def outcomes(name: str, sampler: str) -> dict[str, Outcome]:
+        here = (r for r in rows if tuple(r["shape"]) == SHAPES[name] and r["sampler"] == sampler)
+        return next(here, {"outcomes": {}})["outcomes"]
 
+    tiny, big = outcomes("tiny", "dpmpp_2m"), outcomes("big", "dpmpp_2m")
+    sde, cheaper = outcomes("big", "dpmpp_2m_sde"), "times cheaper than diffusers"
     return [
-        target("times cheaper than diffusers", "tiny", "dpmpp_2m", "diffusers", "pydiff", 30),
-        target("times cheaper than diffusers", "big", "dpmpp_2m", "diffusers", "pydiff", 6),
-        target("in units of one copy_", "big", "dpmpp_2m", "pydiff", "copy_", 3, at_least=False),
-        target("times cheaper than diffusers", "big", "dpmpp_2m_sde", "diffusers", "pydiff", 10),
-        Target("normals, 16 MiB: times faster than Tensor.normal_", normals.get("normal_"), normals.get("pydiff fill"), 5),
+        Target(f"2M on [1,4,8,8]: {cheaper}", tiny.get("diffusers"), tiny.get("pydiff"), 30),
+        Target(f"2M on [64,4,128,128]: {cheaper}", big.get("diffusers"), big.get("pydiff"), 6),
+        Target("2M on [64,4,128,128]: in units of one copy_", big.get("pydiff"), big.get("copy_"), 3,
+               at_least=False),
+        Target(f"2M-SDE on [64,4,128,128]: {cheaper}", sde.get("diffusers"), sde.get("pydiff"), 10),
+        Target("normals, 16 MiB: times faster than Tensor.normal_", normals.get("normal_"),
+               normals.get("pydiff fill"), 5),
     ]
 
 
-# ------------------------------------------------------------------------------------------------ the report
+# ------------------------------------------------------------------------------------ the report
 
 COLUMNS = ("copy_", "pydiff", "pydiff alone", "pydiff all", "diffusers", "k-diffusion")
 
 
-def host_table(rows: list[dict[str, Any]]) -> str:
+def host_table(rows: list[Row]) -> str:
     """Microseconds a step, median (minimum), and the ratios of the medians."""
-    def cells(row: dict[str, Any]) -> list[str]:
+    def cells(row: Row) -> list[str]:
         found = row["outcomes"]
         ours = found["pydiff"]
         ratios = [harness.ratio(ours, found["copy_"]), *(harness.ratio(found[k], ours) for k in COLUMNS[-2:])]
-        return [row["sampler"], *(harness.microseconds(found[k]) for k in COLUMNS), f"{row['tensors_moved']:.1f}",
-                *map(harness.number, ratios)]
+        times = (harness.microseconds(found[k]) for k in COLUMNS)
+        return [row["sampler"], *times, f"{row['tensors_moved']:.1f}", *map(harness.number, ratios)]
 
     return harness.markdown(["us a step: median (min)", *COLUMNS, "tensors moved", "pydiff / copy_",
                              "diffusers / pydiff", "k-diffusion / pydiff"], map(cells, rows))
 
 
-def device_table(rows: list[dict[str, Any]]) -> str:
+def device_table(rows: list[Row]) -> str:
     """CUDA: how long the host is busy with a step, and how long the device is."""
     columns = ("copy_", "pydiff alone", "diffusers", "k-diffusion")
 
-    def cells(row: dict[str, Any]) -> list[str]:
-        host = [row["outcomes"][k] for k in columns]
-        busy = [harness.number(o.to_dict().get("host_median_us") if isinstance(o, Timing) else None) for o in host]
+    def cells(row: Row) -> list[str]:
+        busy = (harness.number(row["outcomes"][k].to_dict().get("host_median_us")) for k in columns)
         return [row["sampler"], *busy, *(harness.microseconds(row["device"][k]) for k in columns),
                 harness.number(harness.ratio(row["device"]["pydiff alone"], row["device"]["copy_"])),
                 harness.number(harness.ratio(row["device"]["diffusers"], row["device"]["pydiff alone"]))]
@@ -271,7 +279,7 @@ def device_table(rows: list[dict[str, Any]]) -> str:
     return harness.markdown(header, map(cells, rows))
 
 
-def reasons(rows: list[dict[str, Any]]) -> list[str]:
+def reasons(rows: list[Row]) -> list[str]:
     """Why the numbers that are missing are missing, each reason once."""
     found: dict[str, list[str]] = {}
     for row in rows:
@@ -280,19 +288,18 @@ def reasons(rows: list[dict[str, Any]]) -> list[str]:
                 if isinstance(outcome, NotMeasured):
                     key = f"{name}{' (device)' if where == 'device' else ''}: {outcome.reason}"
                     found.setdefault(key, []).append(row["sampler"])
-    return [f"{harness.NOT_MEASURED}: {key} [{', '.join(dict.fromkeys(names))}]" for key, names in found.items()]
+    return [f"{harness.NOT_MEASURED}: {key} [{', '.join(names)}]" for key, names in found.items()]
 
 
-def to_json(row: dict[str, Any]) -> dict[str, Any]:
-    outcomes = {name: outcome.to_dict() for name, outcome in row["outcomes"].items()}
+def to_json(row: Row) -> dict[str, Any]:
+    outcomes = harness.to_json(row["outcomes"])
     for name, outcome in row["outcomes"].items():
         outcomes[name]["ratio_to_copy"] = harness.ratio(outcome, row["outcomes"]["copy_"])
         outcomes[name]["ratio_to_pydiff"] = harness.ratio(outcome, row["outcomes"]["pydiff"])
-    device = {name: outcome.to_dict() for name, outcome in row["device"].items()}
-    return {**row, "outcomes": outcomes, "device": device}
+    return {**row, "outcomes": outcomes, "device": harness.to_json(row["device"])}
 
 
-def parse_shapes(text: str | None, device: torch.device) -> dict[str, tuple[int, ...]]:
+def parse_shapes(text: str | None, device: torch.device) -> dict[str, Shape]:
     known = {**SHAPES, **PAST_CACHE}
     if text is None:
         return known if device.type == "cuda" else SHAPES
@@ -315,9 +322,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         rounds = arguments.rounds or (2 if arguments.quick else ROUNDS.get(name, OTHER_ROUNDS))
         found = run_shape(shape, device, rounds, turn)
         rows += found
-        print(f"\n{list(shape)}, {device.type}, {found[0]['threads']} threads, {rounds} rounds\n\n{host_table(found)}")
+        print(f"\n{list(shape)}, {device.type}, {found[0]['threads']} threads, {rounds} rounds\n")
+        print(host_table(found), flush=True)
         if device.type == "cuda":
-            print(f"\n{device_table(found)}")
+            print(f"\n{device_table(found)}", flush=True)
     normals: dict[str, Outcome] = {}
     if any(tuple(row["shape"]) == SHAPES["big"] for row in rows):
         rounds = arguments.rounds or (2 if arguments.quick else 15)
@@ -326,8 +334,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print("", *reasons(rows), sep="\n")
     if judged:
         print(f"\n{harness.target_table(judged)}")
-    result = {"benchmark": "stage_update", "environment": environment, "quick": arguments.quick, "steps": STEPS,
-              "rows": [to_json(row) for row in rows], "normals": {k: o.to_dict() for k, o in normals.items()},
+    result = {"benchmark": "stage_update", "environment": environment, "quick": arguments.quick,
+              "steps": STEPS, "rows": [to_json(row) for row in rows],
+              "normals": harness.to_json(normals),
               "targets": [target.to_dict() for target in judged]}
     print(f"\nwritten to {harness.save(result, arguments.out)}")
     return result

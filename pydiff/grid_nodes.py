@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pydiff.noise_schedule import DiscreteBetas, RectifiedFlow
+from pydiff.noise_schedule import VE, DiscreteBetas, RectifiedFlow
 from pydiff.schedule_base import Array, NoiseSchedule
 
 GridFunction = Callable[..., Array]
@@ -253,6 +253,8 @@ def _pinned(times: Array, t_start: float, t_end: float) -> Array:
 
 def t_of_ratio(schedule: NoiseSchedule, ratio: Array) -> Array:
     """Times with sigma/alpha = ratio; ratio 0 is the clean time."""
+    if isinstance(schedule, VE):  # the time is sigma itself
+        return ratio
     with np.errstate(divide="ignore"):
         return schedule.t_of_log_snr(np.asarray(-np.log(ratio), dtype=np.float64))
 

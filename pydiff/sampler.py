@@ -183,10 +183,23 @@ class Sampler:
             steps = DEFAULT_STEPS
         self.plan = make_plan(solver, self.schedule, steps,
                               prediction=prediction or getattr(model, "prediction", None) or "epsilon", **plan_options)
-        parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-        self.device = torch.device("cpu") if parameter is None else parameter.device
+        self._model_dtype = model_dtype
+
+    @property
+    def _parameter(self) -> torch.Tensor | None:
+        """The model's first parameter, which says where the model is now and in what dtype."""
+        return next(self.model.parameters(), None) if isinstance(self.model, torch.nn.Module) else None
+
+    @property
+    def device(self) -> torch.device:
+        parameter = self._parameter
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        parameter = self._parameter
         floating = parameter is not None and parameter.dtype.is_floating_point
-        self.model_dtype = model_dtype or (parameter.dtype if floating and parameter is not None else dtype)
+        return self._model_dtype or (parameter.dtype if floating and parameter is not None else self.dtype)
 
     def __call__(self, shape_or_x: Sequence[int] | torch.Tensor, *, x0: torch.Tensor | None = None,
                  seed: Seed | None = None, guidance_scale: GuidanceScale | None = None,

@@ -51,8 +51,7 @@ import pydiff
 from tests.oracles import peers
 
 pytest.importorskip("diffusers")
-pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-              pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 FORMULAS = 1e-9
 HARD_FORMULAS = 1e-7  # the same amplification, of float64's rounding
@@ -134,7 +133,7 @@ def _euler_family() -> Iterator[Case]:
 
 
 def _multistep_solver(algorithm: str, order: int, kind: str) -> tuple[str, dict[str, Any]]:
-    """Which of our solvers a multistep class of diffusers is. Its third order has half the second derivative."""
+    """Which of our solvers a multistep class is. diffusers' third order has half the second derivative."""
     if order == 1:
         return {"dpmsolver": "dpm_solver_1", "dpmsolver++": "ddim", "sde-dpmsolver++": "ddpm"}[algorithm], {}
     if algorithm == "dpmsolver":
@@ -271,9 +270,8 @@ def compare(case: Case, steps: int, model: peers.Model, **changed: Any) -> tuple
     ours = peers.run_pydiff(plan, single, **shared)
     exact = peers.run_pydiff(plan, single, double=True, **shared)
     formulas = peers.run_pydiff(peers.make_peer_plan(case.solver, double, **options), double, double=True, **shared)
-    errors = Errors(peers.relative(formulas, double.x), peers.relative(ours, single.x),
-                    peers.relative(single.x, exact), peers.relative(ours, exact))
-    return errors, plan
+    pairs = ((formulas, double.x), (ours, single.x), (single.x, exact), (ours, exact))
+    return Errors(*(peers.relative(a, b) for a, b in pairs)), plan
 
 
 def hard(plan: pydiff.Plan, steps: int) -> bool:
@@ -343,12 +341,11 @@ def test_from_a_config(name: str, solver: str, options: dict) -> None:
         extra.update(clip_sample=False, set_alpha_to_one=False)
     config = {**dict(peers.scheduler_class(name)(**extra).config), "_class_name": name}
     schedule, prediction, grid = pydiff.from_diffusers_config(config)
-    run = peers.run_diffusers(name, extra, 20, double=True)
     times = pydiff.make_times(schedule, 20, **grid)
     plan = pydiff.make_plan(solver, schedule, times=times, prediction=prediction, **options)
-    assert peers.relative(peers.run_pydiff(plan, run, double=True), run.x) <= FORMULAS
-    run = peers.run_diffusers(name, extra, 20)
-    assert peers.relative(peers.run_pydiff(plan, run), run.x) <= FLOAT32
+    for double, bound in ((True, FORMULAS), (False, FLOAT32)):
+        run = peers.run_diffusers(name, extra, 20, double=double)
+        assert peers.relative(peers.run_pydiff(plan, run, double=double), run.x) <= bound
 
 
 @pytest.mark.parametrize("case", [
@@ -368,7 +365,7 @@ def test_generator_draws_the_same_noise(case: Case) -> None:
 
 
 def _first(peer: str, **config: Any) -> Case:
-    return next(c for c in CASES if c.peer == peer and all(c.config.get(k) == v for k, v in config.items()))
+    return next(c for c in CASES if c.peer == peer and config.items() <= c.config.items())
 
 
 @pytest.mark.parametrize("case, changed", [
@@ -399,6 +396,5 @@ def test_float64_arithmetic_is_float64() -> None:
     double = peers.run_diffusers("DPMSolverMultistepScheduler", {}, 8, double=True)
     single = peers.run_diffusers("DPMSolverMultistepScheduler", {}, 8)
     assert double.x.dtype == torch.float64 and single.x.dtype == torch.float32
-    tables = double.levels.astype(np.float32).astype(np.float64)
-    assert not np.array_equal(tables[:-1], double.levels[:-1])
+    assert not np.array_equal(double.levels.astype(np.float32), double.levels)
     assert torch.get_default_dtype() == torch.float32

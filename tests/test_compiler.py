@@ -69,7 +69,8 @@ def test_data_at_one_point_is_hit_exactly(solver, schedule) -> None:
 )
 def test_and_with_every_option(solver, options, schedule) -> None:
     for steps in (1, 5, 20):
-        assert mean_defect(compile_at(solver, schedule, steps, **options)) < 1e-13
+        # x at alpha = 0.0085 is divided by alpha twice: 1e-16 / alpha^2 is 1.4e-12
+        assert mean_defect(compile_at(solver, schedule, steps, **options)) < 2e-12
 
 
 def with_coefficient(plan, stage, column, change):

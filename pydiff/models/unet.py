@@ -100,7 +100,7 @@ class UNet(nn.Module):
     The class attributes say what the network was trained for, in the words the rest of the package reads.
     """
 
-    schedule_config = {"type": "VPCosine", "s": 0.008}
+    schedule_config = {"schedule": "VPCosine", "s": 0.008}
     prediction = "v_prediction"
     sample_shape = (1, 28, 28)
     num_classes = NUM_CLASSES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pydiff.plan_builder import PlanBuilder
-from pydiff.solvers.multistep import multistep
+from pydiff.solvers.multistep import check_order_options, multistep
 from pydiff.solvers.registry import solver
 from pydiff.solvers.singlestep import blocks, singlestep_block
 
@@ -16,6 +16,10 @@ def _dpm_solver(b: PlanBuilder, order: int, method: str, solver_type: str, nodes
         return multistep(b, "epsilon", order, solver_type, lower_order_final, compat)
     if method != "singlestep":
         raise ValueError(f"method must be 'singlestep' or 'multistep', got {method!r}")
+    check_order_options(solver_type, lower_order_final)
+    if order == 3 and solver_type == "heun":
+        raise ValueError("solver_type 'heun' is defined for order 2 and for multistep; "
+                         "leave it at 'midpoint', or give method='multistep'")
     # The inner value of order 3 has phi_2 in the paper (Alg. 2); diffusers takes solver_type there too.
     inner_type = solver_type if nodes == "grid" else "heun"
     for block in blocks(b, order, nodes):
@@ -28,14 +32,14 @@ def dpm_solver_1(b: PlanBuilder) -> None:
     multistep(b, "epsilon", 1, "midpoint", False)
 
 
-@solver("dpm_solver_2", order=2, calls="2 (multistep: 1)", paper=f"{_PAPER}, Alg. 1; multistep: 2211.01095, App. B")
+@solver("dpm_solver_2", order=2, calls="2, 1 in a step from alpha = 0 or to sigma = 0; multistep: 1", paper=f"{_PAPER}, Alg. 1; multistep: 2211.01095, App. B")
 def dpm_solver_2(b: PlanBuilder, method: str = "singlestep", solver_type: str = "midpoint", nodes: str = "log_snr",
                  lower_order_final: bool | str = "auto") -> None:
     """DPM-Solver-2, singlestep or multistep, with the midpoint or Heun form of the second term."""
     _dpm_solver(b, 2, method, solver_type, nodes, lower_order_final, False)
 
 
-@solver("dpm_solver_3", order=3, calls="3 (multistep: 1)", paper=f"{_PAPER}, Alg. 2; multistep: 2211.01095, App. B",
+@solver("dpm_solver_3", order=3, calls="3, 1 in a step from alpha = 0 or to sigma = 0; multistep: 1", paper=f"{_PAPER}, Alg. 2; multistep: 2211.01095, App. B",
         order_rule=lambda method, **_: 3 if method == "singlestep" else 2)
 def dpm_solver_3(b: PlanBuilder, method: str = "singlestep", solver_type: str = "midpoint", nodes: str = "log_snr",
                  lower_order_final: bool | str = "auto", compat: bool = False) -> None:

@@ -13,7 +13,8 @@ from pydiff.solvers.singlestep import blocks, singlestep_block
 _PAPER = "DPM-Solver++, 2211.01095"
 
 
-@solver("dpmpp_2s", order=2, calls="2, 1 in a last step to sigma = 0", paper=f"{_PAPER}, Alg. 1")
+@solver("dpmpp_2s", order=2, calls="2, 1 in a step from alpha = 0 or to sigma = 0",
+        paper=f"{_PAPER}, Alg. 1")
 def dpmpp_2s(b: PlanBuilder, solver_type: str = "midpoint", nodes: str = "log_snr") -> None:
     """DPM-Solver++(2S): singlestep of order 2."""
     check_order_options(solver_type, False)

@@ -51,7 +51,7 @@ def euler(b: PlanBuilder, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: flo
         b.write(x=euler_step(b, hat, t, d))
 
 
-@solver("heun", order=2, calls="2, 1 in a last step to sigma = 0",
+@solver("heun", order=2, calls="2, 1 in a step from alpha = 0 or to sigma = 0",
         paper="Elucidating the Design Space of Diffusion Models, 2206.00364, Alg. 1 and 2")
 def heun(b: PlanBuilder, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf,
          s_noise: float = 1.0) -> None:

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pydiff.plan_builder import PlanBuilder
-
 SolverFunction = Callable[..., None]
 
 

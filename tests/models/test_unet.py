@@ -77,7 +77,7 @@ def test_a_fresh_network_predicts_zero_and_learns():
 
 def test_parameter_budget_and_what_other_parts_read():
     assert sum(p.numel() for p in UNet().parameters()) <= 2_500_000
-    assert UNet.schedule_config == {"type": "VPCosine", "s": 0.008}
+    assert UNet.schedule_config == {"schedule": "VPCosine", "s": 0.008}
     assert UNet.prediction == "v_prediction"
     assert UNet.sample_shape == (1, 28, 28)
     assert (UNet.num_classes, UNet.null_label) == (10, 10)
