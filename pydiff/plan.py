@@ -130,7 +130,7 @@ class Plan:
         return f"Plan({self.solver!r}, stages={len(self)}, slots={self.num_slots}, draws={self.num_draws})"
 
     def to_dict(self) -> dict[str, Any]:
-        arrays = {name: getattr(self, name).tolist() for name in _ARRAYS}
+        arrays = {name: _json_numbers(getattr(self, name)) for name in _ARRAYS}
         scalars = {name: getattr(self, name) for name in _SCALARS}
         return {"format": FORMAT, "version": FORMAT_VERSION, **scalars, **arrays,
                 "targets": list(self.targets), "slot_names": list(self.slot_names), "config": self.config}
@@ -157,7 +157,7 @@ class Plan:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as f:
-                json.dump(self.to_dict(), f, indent=1)
+                json.dump(self.to_dict(), f, allow_nan=False)
             os.chmod(temporary, 0o644)  # mkstemp's files are private to their owner
             os.replace(temporary, path)
         except BaseException:
@@ -180,6 +180,13 @@ class Plan:
 
 _ARRAYS = {"coefficients": np.float64, "indices": np.int32, "times": np.float64, "alpha": np.float64, "sigma": np.float64}
 _SCALARS = ("solver", "start_scale", "start_noise", "init_std")
+
+
+def _json_numbers(array: np.ndarray) -> list[Any]:
+    """The array as nested lists; infinities, which JSON lacks, as the strings that numpy reads them from."""
+    if array.dtype == np.float64 and np.isinf(array).any():
+        return np.where(np.isinf(array), array.astype(str).astype(object), array.astype(object)).tolist()
+    return array.tolist()
 
 
 def stage_values(name: str, value: Any, stages: int) -> np.ndarray:

@@ -108,7 +108,7 @@ def _read(path: Path, remedy: str) -> tuple[dict, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         size = path.stat().st_size
         raise ValueError(f"{path} ({size} bytes) is truncated or corrupt: {error}; {remedy}") from error

@@ -32,7 +32,7 @@ def path(model, tmp_path):
 
 
 def rewrite(path, tensors, config=True):
-    """The file again with other tensors; ``config`` True keeps a valid one, None leaves it out, a string replaces it."""
+    """The file again with other tensors; ``config``: True keeps it, None leaves it out, a string replaces it."""
     text = json.dumps(UNet(**SMALL).config) if config is True else config
     save_file(tensors, path, None if text is None else {"config": text})
 
