@@ -23,6 +23,7 @@ On CUDA every loop ends with a synchronisation; `host` is when the call returned
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -141,12 +142,17 @@ def diffusers_entry(sampler: Sampler, x: torch.Tensor, m: torch.Tensor) -> Entry
     return Entry("diffusers", run, len(scheduler.timesteps), before, generators)
 
 
+@functools.cache
+def k_diffusion_sampling() -> Any:
+    from tests.oracles.peers import load_k_diffusion
+
+    return load_k_diffusion()
+
+
 def k_diffusion_entry(sampler: Sampler, x: torch.Tensor, m: torch.Tensor) -> Entry | NotMeasured:
     if not sampler.function:
         return NotMeasured("k-diffusion has no such sampler")
-    from tests.oracles.peers import load_k_diffusion
-
-    sampling = load_k_diffusion()
+    sampling = k_diffusion_sampling()
     if sampling is None:
         return NotMeasured("k-diffusion is not installed, or lacks a package it needs")
     function = getattr(sampling, sampler.function)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import pydiff
-from benchmarks import harness, noise, stage_update
+from benchmarks import graph_timing, harness, noise, stage_update
 from benchmarks.harness import Entry, NotMeasured, Target, Timing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*copy keyword:DeprecationWarning")  # diffusers with numpy 2
@@ -236,6 +238,63 @@ def test_the_noise_benchmark_runs(monkeypatch, tmp_path):
     result = noise.main(["--quick", "--out", str(tmp_path / "noise.json")])
     assert [list(row["outcomes"]) for row in result["rows"]] == [list(noise.COLUMNS)] * len(result["rows"])
     assert result["rows"][0]["outcomes"]["normal_"]["median_us"] > 0 and len(result["targets"]) == 1
+
+
+@pytest.mark.gpu
+def test_the_stage_benchmark_on_a_gpu(tmp_path):
+    result = stage_update.main(["--device", "cuda", "--quick", "--shapes", "tiny", "--out", str(tmp_path / "r.json")])
+    for row in result["rows"]:
+        for name in ("copy_", "pydiff alone"):
+            assert row["device"][name].get("median_us", 0) > 0, (row["sampler"], row["device"][name])
+        assert row["outcomes"]["pydiff"]["host_median_us"] > 0
+
+
+class FakeCuda(types.SimpleNamespace):
+    """Stands for torch.cuda: a graph runs its entry again, and an event notes the time."""
+
+    def __init__(self, clock: Clock):
+        captured: list[Entry] = []
+        super().__init__(captured=captured, synchronize=lambda: None, Stream=object, modes=[])
+        self.stream = lambda s: contextlib.nullcontext()
+        self.graph = lambda g: contextlib.nullcontext()
+        self.set_sync_debug_mode = self.modes.append
+        self.CUDAGraph = lambda: types.SimpleNamespace(replay=lambda: clock.__setattr__("now", clock.now + 0.5),
+                                                       register_generator_state=captured.append)
+
+        class Event:
+            def __init__(self, enable_timing: bool):
+                self.at = 0.0
+
+            def record(self) -> None:
+                self.at = clock.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, other: Event) -> float:
+                return 1e3 * (other.at - self.at)
+
+        self.Event = Event
+
+
+def test_replays_are_timed_and_what_waits_for_the_device_is_not_captured(monkeypatch):
+    clock = Clock()
+    cuda, empty, generator = FakeCuda(clock), torch.empty, torch.Generator()
+    monkeypatch.setattr(graph_timing.torch, "cuda", cuda)
+    monkeypatch.setattr(graph_timing, "FILLER_BYTES", 4)
+    monkeypatch.setattr(graph_timing.torch, "empty", lambda *shape, device, **kw: empty(*shape, **kw))
+
+    def waits() -> None:
+        if cuda.modes[-1:] == ["error"]:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    entries = {"good": clock.entry("good", [9.0], per=2, generators=[generator]), "waits": Entry("waits", waits),
+               "absent": NotMeasured("not installed")}
+    found = graph_timing.measure_device(entries, 3)
+    assert found["good"].rounds == [0.25] * 3 and cuda.captured == [generator]
+    assert found["waits"].reason.endswith("cannot be captured in a CUDA graph: called a synchronizing CUDA operation")
+    assert found["absent"].reason == "not installed" and list(found) == list(entries)
+    assert cuda.modes == ["error", "default"] * 2
 
 
 @pytest.mark.parametrize("command", [["benchmarks/noise.py"], ["-m", "benchmarks.stage_update"]])

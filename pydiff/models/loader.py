@@ -120,7 +120,7 @@ def _read(path: Path, remedy: str) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"{path}: the 'config' in its metadata is not JSON: {error}; {remedy}") from error
 
 
-def _build(config: object, path: Path, remedy: str) -> UNet:
+def _build(config: dict, path: Path, remedy: str) -> UNet:
     try:
         return UNet(**config)
     except (TypeError, ValueError) as error:

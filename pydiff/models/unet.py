@@ -43,8 +43,7 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        _set_to_zero(self.conv2)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -62,8 +61,7 @@ class SelfAttention(nn.Module):
         self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        _set_to_zero(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
         channels, height, width = x.shape[1:]
@@ -73,6 +71,17 @@ class SelfAttention(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)
         h = self.out(h.transpose(1, 2).flatten(2))
         return x + h.transpose(1, 2).unflatten(2, (height, width))
+
+
+class Block(nn.ModuleList):
+    """A residual block and, on the levels that have it, attention."""
+
+    def __init__(self, residual: ResBlock, attention: SelfAttention | None):
+        super().__init__([residual] if attention is None else [residual, attention])
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self[0](x, embedding)
+        return self[1](h) if len(self) > 1 else h
 
 
 class Upsample(nn.Module):
@@ -128,13 +137,10 @@ class UNet(nn.Module):
         )
         self.class_embedding = nn.Embedding(self.num_classes + 1, embedding_dim)
 
-        def block(level: int, in_channels: int) -> nn.ModuleList:
-            """A residual block and, on the levels that have it, attention."""
+        def block(level: int, in_channels: int) -> Block:
             width = channels[level]
-            layers = nn.ModuleList([ResBlock(in_channels, width, embedding_dim, groups)])
-            if attention[level]:
-                layers.append(SelfAttention(width, head_dim, groups))
-            return layers
+            attend = SelfAttention(width, head_dim, groups) if attention[level] else None
+            return Block(ResBlock(in_channels, width, embedding_dim, groups), attend)
 
         levels = range(len(channels))
         self.conv_in = nn.Conv2d(self.sample_shape[0], channels[0], 3, padding=1)
@@ -151,8 +157,7 @@ class UNet(nn.Module):
         self.upsample = nn.ModuleList(Upsample(channels[i + 1], channels[i]) for i in levels[:-1])
         self.norm_out = nn.GroupNorm(groups, channels[0])
         self.conv_out = nn.Conv2d(channels[0], self.sample_shape[0], 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        _set_to_zero(self.conv_out)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """x [B, 1, 28, 28], t [B] or 0-d in [0, 1], labels int64 [B] in 0..10 -> the v prediction [B, 1, 28, 28].
@@ -164,16 +169,16 @@ class UNet(nn.Module):
         h = self.conv_in(x.to(self.conv_in.weight.dtype))
         skips: list[Tensor] = []
         for i, level in enumerate(self.down):
-            for layers in level:
-                h = _run(layers, h, embedding)
+            for block in level.children():
+                h = block(h, embedding)
                 skips.append(h)
             if i < len(self.downsample):
                 h = self.downsample[i](h)
-        for layers in self.middle:
-            h = _run(layers, h, embedding)
+        for block in self.middle:
+            h = block(h, embedding)
         for i in reversed(range(len(self.up))):
-            for layers in self.up[i]:
-                h = _run(layers, torch.cat([h, skips.pop()], dim=1), embedding)
+            for block in self.up[i].children():
+                h = block(torch.cat([h, skips.pop()], dim=1), embedding)
             if i > 0:
                 h = self.upsample[i - 1](h)
         return self.conv_out(F.silu(self.norm_out(h)))
@@ -187,9 +192,10 @@ class UNet(nn.Module):
         return F.silu(time + self.class_embedding(labels))
 
 
-def _run(layers: nn.ModuleList, h: Tensor, embedding: Tensor) -> Tensor:
-    h = layers[0](h, embedding)
-    return layers[1](h) if len(layers) > 1 else h
+def _set_to_zero(layer: nn.Module) -> None:
+    """The last layer of a residual branch starts at zero, so that the branch starts as nothing."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def _check_config(channels, blocks, attention, embedding_dim, head_dim, groups, sample_shape) -> None:
