@@ -32,7 +32,8 @@ def measure_device(entries: Entries, rounds: int) -> dict[str, Outcome]:
     found: dict[str, list[float]] = {name: [] for name in graphs}
     names = list(graphs)
     for k in range(rounds + 1):  # the first round warms up
-        for name in names[k % len(names) :] + names[: k % len(names)]:
+        first = k % max(len(names), 1)
+        for name in names[first:] + names[:first]:
             seconds = _replay(*graphs[name][:2], filler)
             if k:
                 found[name].append(seconds)

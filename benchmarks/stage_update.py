@@ -294,7 +294,8 @@ def reasons(rows: list[Row]) -> list[str]:
                 if isinstance(outcome, NotMeasured):
                     key = f"{name}{' (device)' if where == 'device' else ''}: {outcome.reason}"
                     found.setdefault(key, []).append(row["sampler"])
-    return [f"{harness.NOT_MEASURED}: {key} [{', '.join(names)}]" for key, names in found.items()]
+    # A dict drops the repetitions of several shapes.
+    return [f"{harness.NOT_MEASURED}: {key} [{', '.join(dict.fromkeys(n))}]" for key, n in found.items()]
 
 
 def to_json(row: Row) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def sample_classes(model: UNet, labels: Tensor, args: argparse.Namespace) -> Ten
         images.append(
             pydiff.sample(
                 model, shape=(len(y), *model.sample_shape), solver=args.solver, steps=args.steps,
-                seed=args.seed + i * args.batch, cond={"labels": y}, uncond={"labels": torch.full_like(y, model.null_label)},
+                seed=args.seed + i * args.batch,  # row r of a batch has seed + r: no two images share their noise
+                cond={"labels": y}, uncond={"labels": torch.full_like(y, model.null_label)},
                 guidance_scale=args.guidance,
             )
         )  # fmt: skip

@@ -48,7 +48,8 @@ def make_plan(
         grid: name of a time grid (`pydiff.list_grids()`); the schedule's own by default.
         times: n + 1 strictly decreasing times of the schedule, in place of a grid.
         sigmas: n + 1 strictly decreasing values of sigma / alpha, in place of times.
-        prediction: what the model returns: "epsilon", "sample", "v_prediction", "score", "flow_prediction" or an object.
+        prediction: what the model returns: "epsilon", "sample", "v_prediction", "score", "flow_prediction" or a
+            `Prediction`.
         guidance_scale: of classifier-free guidance: a number, one for each model call, or a function of the times.
         clip: bounds of the estimated x0: (low, high), or c for (-c, c).
         known: also compile what stands in a masked region (inpainting); runs that take a mask need it.
@@ -106,7 +107,8 @@ def _times(schedule: NoiseSchedule, steps: int | None, grid: str | None, times: 
         if steps is None:
             raise TypeError("steps is missing: give steps=20, or times= or sigmas=")
         return make_times(schedule, steps, grid, **ends, **(grid_options or {}))
-    given = [k for k, v in {"steps": steps, "grid": grid, "grid_options": grid_options, **ends}.items() if v is not None]
+    others = {"steps": steps, "grid": grid, "grid_options": grid_options, **ends}
+    given = [name for name, value in others.items() if value is not None]
     if given == ["steps"] and len(times if times is not None else sigmas) == steps + 1:  # type: ignore[operator]
         given = []
     if given:
@@ -124,7 +126,7 @@ def _check_clip(clip: float | tuple[float, float] | None) -> tuple[float, float]
 
 
 def mean_defect(plan: Plan) -> float:
-    """How far the plan strays from alpha * c + sigma * e for data that is the single point c, at any call or at the end.
+    """How far the plan strays from alpha * c + sigma * e at any call or at the end, for data that is the one point c.
 
     The perfect model then answers x0 = c, and every register holds a multiple of c plus a multiple of the noise e it
     started with (and of fresh noise, whose mean is zero). Exponential integrators follow that line exactly, whatever
@@ -154,7 +156,7 @@ def mean_defect(plan: Plan) -> float:
 
 
 def check_mean(plan: Plan) -> None:
-    """Raise `PlanError` if the mean strays by more than rounding, which a start at a small alpha divides by it twice."""
+    """Raise `PlanError` if the mean strays by more than rounding; a start at a small alpha divides that by it twice."""
     smallest = plan.alpha[plan.alpha > 0].min(initial=1.0)
     allowed = max(MEAN_TOLERANCE, 8.0 * np.finfo(np.float64).eps / smallest**2)
     defect = mean_defect(plan)

@@ -178,7 +178,8 @@ class Plan:
             raise PlanError(f"{path}: {error}") from error
 
 
-_ARRAYS = {"coefficients": np.float64, "indices": np.int32, "times": np.float64, "alpha": np.float64, "sigma": np.float64}
+_ARRAYS = {"coefficients": np.float64, "indices": np.int32, "times": np.float64, "alpha": np.float64,
+           "sigma": np.float64}
 _SCALARS = ("solver", "start_scale", "start_noise", "init_std")
 
 
@@ -193,14 +194,15 @@ def stage_values(name: str, value: Any, stages: int) -> np.ndarray:
     """A number, or one for each stage, as float64 [stages]; anything else is an error that names `name`."""
     array = np.asarray(value, dtype=np.float64)
     if array.ndim > 1 or (array.ndim == 1 and len(array) != stages):
-        raise ValueError(f"{name} must be a number or one for each of the {stages} model calls, got shape {array.shape}")
+        raise ValueError(f"{name} must be a number or one for each of the {stages} model calls, "
+                         f"got shape {array.shape}")
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite, got {value}")
     return np.broadcast_to(array, (stages,)).astype(np.float64)
 
 
 def validate(plan: Plan) -> None:
-    """Raise `PlanError` unless the table is well formed: shapes, finite numbers, and no slot read before it is written."""
+    """Raise `PlanError` unless the table is well formed: shapes, finite numbers, no slot read before it is written."""
     stages = len(plan.coefficients)
     shapes = {"coefficients": (stages, table.COEFFICIENT_COLUMNS), "indices": (stages, table.INDEX_COLUMNS),
               "alpha": (stages + 1,), "sigma": (stages + 1,)}
@@ -280,7 +282,7 @@ def concatenate(first: Plan, second: Plan) -> Plan:
                         "compile the second with t_start where the first ends")
     offset = first.num_draws
     if (first.coefficients[:, table.KNOWN] != 0).any() != (second.coefficients[:, table.KNOWN] != 0).any():
-        raise PlanError("one plan is compiled with known=True and the other is not: a mask would serve one of them only")
+        raise PlanError("one plan is compiled with known=True and the other is not: a mask would serve one only")
     head, head_index = first.coefficients.copy(), first.indices.copy()
     tail_index = second.indices.copy()
     tail_index[:, table.DRAW0 :] += np.where(tail_index[:, table.DRAW0 :] >= 0, offset, 0)

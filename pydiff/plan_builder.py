@@ -45,7 +45,8 @@ class _Stage:
     serial: int = -1  # which push this is, counted from 0
 
 
-_COLUMNS: dict[object, int] = {"x": table.X, "d": table.D, "m": table.M, "constant": table.CONSTANT, "extra": table.EXTRA}
+_COLUMNS: dict[object, int] = {"x": table.X, "d": table.D, "m": table.M, "constant": table.CONSTANT,
+                               "extra": table.EXTRA}
 
 
 class PlanBuilder:
@@ -107,7 +108,7 @@ class PlanBuilder:
             self._pushed += 1
 
     def renoise(self, scale: float, weight: float) -> None:
-        """x <- scale * x + weight * z between two calls: folded into the stage before, or into the start of the plan."""
+        """x <- scale * x + weight * z between two calls: folded into the stage before, or into the plan's start."""
         if not self._stages and self._draws:
             raise PlanError("renoise() before the first call must come first: its noise is draw 0")
         z = self.noise()

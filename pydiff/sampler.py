@@ -232,7 +232,7 @@ class Sampler:
                         seed=seeds if generator is None and noise is None else None, **run_options)
 
     def _noised(self, x0: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """x0 at the level of the first time, which is below that of the first call where the plan begins by churning."""
+        """x0 at the level of the first time: below that of the first call, where the plan begins by churning."""
         start = float(self.plan.times[0])
         return self.schedule.alpha(start) * _check_x0(x0, z) + self.schedule.sigma(start) * z
 
@@ -241,7 +241,8 @@ class Sampler:
             return [float(guidance_scale(t)) for t in self.plan.model_times]
         return stage_values("guidance_scale", guidance_scale, len(self.plan))
 
-    def _first_noise(self, shape: tuple[int, ...], seeds: torch.Tensor, device: torch.device, generator: Any) -> torch.Tensor:
+    def _first_noise(self, shape: tuple[int, ...], seeds: torch.Tensor, device: torch.device,
+                     generator: Any) -> torch.Tensor:
         if generator is None:
             return initial_noise(shape, seeds, self.dtype)
         return from_generator(generator, torch.empty(shape, dtype=self.dtype, device=device))(0)

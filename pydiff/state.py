@@ -40,7 +40,8 @@ class State:
         steps_done: how many times `step` has run.
     """
 
-    def __init__(self, tensors: StageTensors, plans: Sequence[Plan], row_plan: Sequence[int], source: NoiseSource | None):
+    def __init__(self, tensors: StageTensors, plans: Sequence[Plan], row_plan: Sequence[int],
+                 source: NoiseSource | None):
         self.tensors, self.plans, self.row_plan, self.source = tensors, tuple(plans), tuple(row_plan), source
         self.steps_done = 0
         self.total = max((len(plans[k]) for k in row_plan), default=0)
@@ -294,7 +295,8 @@ def _model_input(plans: list[Plan], x: torch.Tensor, copies: int, dtype: torch.d
     return torch.empty((copies * x.shape[0], *x.shape[1:]), dtype=dtype, device=x.device)
 
 
-def _start(plans: list[Plan], row_plan: list[int], x: torch.Tensor, seeds: torch.Tensor, source: NoiseSource | None) -> None:
+def _start(plans: list[Plan], row_plan: list[int], x: torch.Tensor, seeds: torch.Tensor,
+           source: NoiseSource | None) -> None:
     """What a plan does before its first call: x <- start_scale * x + start_noise * z, z being draw 0."""
     if all(p.start_scale == 1 and p.start_noise == 0 for p in plans):
         return

@@ -32,14 +32,16 @@ def dpm_solver_1(b: PlanBuilder) -> None:
     multistep(b, "epsilon", 1, "midpoint", False)
 
 
-@solver("dpm_solver_2", order=2, calls="2, 1 in a step from alpha = 0 or to sigma = 0; multistep: 1", paper=f"{_PAPER}, Alg. 1; multistep: 2211.01095, App. B")
+@solver("dpm_solver_2", order=2, calls="2, 1 in a step from alpha = 0 or to sigma = 0; multistep: 1",
+        paper=f"{_PAPER}, Alg. 1; multistep: 2211.01095, App. B")
 def dpm_solver_2(b: PlanBuilder, method: str = "singlestep", solver_type: str = "midpoint", nodes: str = "log_snr",
                  lower_order_final: bool | str = "auto") -> None:
     """DPM-Solver-2, singlestep or multistep, with the midpoint or Heun form of the second term."""
     _dpm_solver(b, 2, method, solver_type, nodes, lower_order_final, False)
 
 
-@solver("dpm_solver_3", order=3, calls="3, 1 in a step from alpha = 0 or to sigma = 0; multistep: 1", paper=f"{_PAPER}, Alg. 2; multistep: 2211.01095, App. B",
+@solver("dpm_solver_3", order=3, calls="3, 1 in a step from alpha = 0 or to sigma = 0; multistep: 1",
+        paper=f"{_PAPER}, Alg. 2; multistep: 2211.01095, App. B",
         order_rule=lambda method, **_: 3 if method == "singlestep" else 2)
 def dpm_solver_3(b: PlanBuilder, method: str = "singlestep", solver_type: str = "midpoint", nodes: str = "log_snr",
                  lower_order_final: bool | str = "auto", compat: bool = False) -> None:

@@ -53,8 +53,9 @@ def derivatives(b: PlanBuilder, points: list[Point], i: int, d: Combination, ord
     return [first + r0 * second, second if halve_second else 2.0 * second]
 
 
-def extrapolate(b: PlanBuilder, step: Transfer, d: Combination, terms: list[Combination], solver_type: str) -> Combination:
-    """x after the step. solver_type "midpoint" takes phi_1 / 2 for phi_2 where the order is two (2211.01095, eq. 12)."""
+def extrapolate(b: PlanBuilder, step: Transfer, d: Combination, terms: list[Combination],
+                solver_type: str) -> Combination:
+    """x after the step. "midpoint" takes phi_1 / 2 in place of phi_2 where the order is two (2211.01095, eq. 12)."""
     x = step.carry * b.x + step.phi(0) * d
     if len(terms) == 1 and solver_type == "midpoint":
         return x + (0.5 * step.phi(0)) * terms[0]

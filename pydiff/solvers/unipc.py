@@ -41,7 +41,7 @@ def unipc_step(step: Transfer, z_sign: float, x: Combination, d0: Combination, n
 
 
 @solver("unipc", order=3, calls="1", paper="UniPC, 2302.04867, Alg. 1 to 4",
-        order_rule=lambda order, corrector, **_: min(order, 2) + (1 if corrector else 0) if order > 1 else 1 + corrector)
+        order_rule=lambda order, corrector, **_: min(order, 2) + bool(corrector))
 def unipc(b: PlanBuilder, order: int = 2, variant: str = "bh2", corrector: bool = True, predict_x0: bool = True,
           lower_order_final: bool | str = "auto") -> None:
     """UniPC-p: order p predictor (UniP), raised by one by the corrector (UniC), at one call a step.
@@ -64,10 +64,11 @@ def unipc(b: PlanBuilder, order: int = 2, variant: str = "bh2", corrector: bool 
         if corrector and i > 0 and _correctable(points[i - 1], s, variant, target):
             # x was predicted from the base, the corrected x of the point before; d is the new node at its end.
             nodes = _past_nodes(b, points, i - 1, previous, first=2) + [(1.0, d)]
-            x = unipc_step(Transfer(points[i - 1], s, target), sign, b.base, b.history(1), nodes, variant, previous == 1)
+            step = Transfer(points[i - 1], s, target)
+            x = unipc_step(step, sign, b.base, b.history(1), nodes, variant, fixed_half=previous == 1)
         previous = order_at(points, i, order, lower_order_final)
         nodes = _past_nodes(b, points, i, previous, first=1)
-        b.write(x=unipc_step(Transfer(s, t, target), sign, x, d, nodes, variant, previous == 2),
+        b.write(x=unipc_step(Transfer(s, t, target), sign, x, d, nodes, variant, fixed_half=previous == 2),
                 base=x if corrector else None, push=d)
 
 
