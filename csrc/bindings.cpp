@@ -24,9 +24,9 @@ using namespace pydiff;
 namespace {
 
 // Work below this many elements is over before another thread has woken.
-constexpr int64_t kParallelElements = 32768;
+constexpr int64_t kParallelElements = 65536;
 // Noise costs several times as much an element.
-constexpr int64_t kParallelNormals = 8192;
+constexpr int64_t kParallelNormals = 16384;
 
 using Strides = std::vector<int64_t>;
 using ViewSpec = std::tuple<uintptr_t, int, int64_t, Strides>;  // address, dtype, row stride, sample strides
