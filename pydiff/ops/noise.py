@@ -78,7 +78,7 @@ def normal_reference(seeds: torch.Tensor, draws: torch.Tensor, sample_shape: Seq
     elements = math.prod(sample_shape)
     r0, r1, r2, r3 = words_reference(seeds, draws, elements)
     four = torch.stack((*_box_muller_reference(r0, r1), *_box_muller_reference(r2, r3)), dim=-1)
-    return four.flatten(1)[:, :elements].reshape(seeds.shape[0], *sample_shape)
+    return four.flatten(1)[:, :elements].contiguous().reshape(seeds.shape[0], *sample_shape)
 
 
 def can_use_native(device: torch.device) -> tuple[bool, str]:

@@ -96,8 +96,10 @@ def _term(weight: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
 
 def _draw(t: StageTensors, number: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
     """Standard normals [B, *sample] of each row's own draw number (anything where the row does not use it)."""
+    if number.device.type == "cpu" and not used.any():  # on a GPU asking would wait for it
+        return torch.zeros((), dtype=t.registers.dtype).expand(t.registers.shape[1:])
     number = torch.where(used, number, 0).long()
-    if t.noise is not None:
+    if t.noise is not None and len(t.noise):
         return t.noise[number, torch.arange(t.rows, device=number.device)]
     return normal_reference(t.seeds, number, t.sample_shape).to(t.registers.dtype)
 
