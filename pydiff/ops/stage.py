@@ -67,11 +67,13 @@ class StageTensors:
     noise: torch.Tensor | None = None
     nonfinite: torch.Tensor | None = None
     _bound: Any = field(default=None, init=False, repr=False)  # the compiled operation, for as long as it fits
+    _checked: bool = field(default=False, init=False, repr=False)  # that the tensors fit one another
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-        if name != "_bound":
+        if name not in ("_bound", "_checked"):
             object.__setattr__(self, "_bound", None)  # it holds the address of what was replaced
+            object.__setattr__(self, "_checked", False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bound": None}
@@ -273,7 +275,9 @@ def _stage_unbound(t: StageTensors, m: torch.Tensor) -> None:
 
 
 def _stage(t: StageTensors, m: torch.Tensor) -> None:
-    check_tensors(t)
+    if not t._checked:
+        check_tensors(t)
+        t._checked = True
     fast, reason = can_use_native(t.registers.device)
     if fast:
         try:

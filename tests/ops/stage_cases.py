@@ -120,7 +120,7 @@ def make_case(seed: int, options: Options, poison: bool = True) -> tuple[StageTe
 
 def move(t: StageTensors, device: str | torch.device) -> StageTensors:
     """A copy of `t` on another device, strides kept."""
-    fields = {n: getattr(t, n) for n in t.__dataclass_fields__ if n != "_bound"}
+    fields = {n: getattr(t, n) for n in t.__dataclass_fields__ if not n.startswith("_")}
     return StageTensors(**{n: keep_strides(v, device) if isinstance(v, torch.Tensor) else v for n, v in fields.items()})
 
 
