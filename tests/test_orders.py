@@ -89,7 +89,7 @@ def test_a_wrong_coefficient_loses_the_order():
 
 
 def test_strict_third_order_from_noise():
-    """From pure noise the strict 3M measures order 3; the published coefficients (half the second derivative) 2."""
+    """From pure noise the strict 3M measures order 3; diffusers' coefficients (half the second derivative) 2."""
     strict = [error("vp_linear-epsilon", "dpmpp_3m", n, low=-5.0) for n in (160, 320)]
     compat = [error("vp_linear-epsilon", "dpmpp_3m", n, low=-5.0, compat=True) for n in (160, 320)]
     assert math.log2(strict[0] / strict[1]) > 2.8

@@ -47,6 +47,6 @@ def dpm_solver_3(b: PlanBuilder, method: str = "singlestep", solver_type: str = 
                  lower_order_final: bool | str = "auto", compat: bool = False) -> None:
     """DPM-Solver-3, singlestep, or multistep started by one step each of order 1 and 2 (so of order 2 as a whole).
 
-    compat: multistep with the published code's half second derivative (see `multistep.derivatives`).
+    compat: multistep with diffusers' half second derivative (see `multistep.derivatives`).
     """
     _dpm_solver(b, 3, method, solver_type, nodes, lower_order_final, compat)

@@ -33,7 +33,7 @@ def dpmpp_3m(b: PlanBuilder, solver_type: str = "midpoint", lower_order_final: b
              compat: bool = False) -> None:
     """DPM-Solver++(3M): multistep of order 3, started by one step each of order 1 and 2 (so of order 2 as a whole).
 
-    compat: with the published code's half second derivative (see `multistep.derivatives`).
+    compat: with diffusers' half second derivative (see `multistep.derivatives`).
     """
     multistep(b, "sample", 3, solver_type, lower_order_final, compat)
 

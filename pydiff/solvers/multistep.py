@@ -39,7 +39,7 @@ def derivatives(b: PlanBuilder, points: list[Point], i: int, d: Combination, ord
     """h^k D_k for k = 1 .. order - 1 at point i: the derivatives in log-SNR of the polynomial through the history.
 
     h is the step from point i to i + 1; the history holds d at points i - 1, i - 2. halve_second reproduces a factor
-    1/2 that the published third-order multistep code has at D_2 (it takes the divided difference for the derivative).
+    1/2 that diffusers' third-order multistep code has at D_2 (it takes the divided difference for the derivative).
     """
     h = step_size(points[i], points[i + 1])
     if order == 1:
