@@ -3,6 +3,7 @@
 # minutes, no network. Needs nvcc, and Python 3.10 or later with torch, setuptools, pybind11 and pytest.
 #
 #   benchmarks/gpu.sh              run all steps
+#   benchmarks/gpu.sh build unet=400    run these steps, the second one with a limit of its own
 #   benchmarks/gpu.sh --dry-run    list the steps, their time limits and commands
 #   OUT=folder                     where results and the log go (default: benchmarks/results/)
 #   WHEELS=folder                  wheels of what is missing: diffusers and what it needs, for the rivals' numbers
@@ -22,32 +23,59 @@ LIMIT=${LIMIT:-585}
 SITE=${TMPDIR:-/tmp}/pydiff-wheels
 cd "$ROOT" || exit 1
 
-# step NAME SECONDS COMMAND. A later benchmark needs one line here; the limits together stay below LIMIT.
-names=() limits=() commands=()
-step() { names+=("$1") limits+=("$2") commands+=("$3"); }
+# step NAME SECONDS COMMAND. A later benchmark needs one line here; the limits together stay below LIMIT. In a command
+# @SECONDS@ stands for the time that a benchmark may take to be done, and to have written its results, within its limit.
+names=() limits=() commands=() wanted=() dry=""
+step() {
+    local name=$1 limit=$2 command=$3 word chosen=""
+    for word in "${wanted[@]}"; do
+        case $word in
+            "$name") chosen=1 ;;
+            "$name="*) chosen=1 limit=${word#*=} ;;
+        esac
+    done
+    known+=" $name"
+    [ ${#wanted[@]} -eq 0 ] || [ -n "$chosen" ] || return 0
+    names+=("$name") limits+=("$limit") commands+=("${command//@SECONDS@/$((limit > 30 ? limit - 20 : 10))}")
+}
+
+usage() {
+    echo "usage: benchmarks/gpu.sh [--dry-run] [STEP[=SECONDS] ...]; steps:$known" >&2
+    exit 2
+}
+
+known="" misspelt=""
+for word; do
+    if [ "$word" = --dry-run ]; then
+        dry=1
+    elif [[ $word =~ ^[a-z_]+(=[0-9]+)?$ ]]; then
+        wanted+=("$word")
+    else
+        misspelt=1
+    fi
+done
 
 if [ -n "$WHEELS" ]; then
     install="$PYTHON -m pip install -q --no-index --no-deps --no-compile"
-    step wheels 40 "$install --upgrade --target '$SITE' '$WHEELS'/*.whl"
+    step wheels 30 "$install --upgrade --target '$SITE' '$WHEELS'/*.whl"
 fi
-step build 150 "$PYTHON -m pip install -q --no-build-isolation --no-deps --no-index -e . \
+step build 110 "$PYTHON -m pip install -q --no-build-isolation --no-deps --no-index -e . \
 || $PYTHON setup.py -q build_ext --inplace"
-step info 20 "$PYTHON -m pydiff.info"
-step tests 180 "$PYTHON -m pytest -q -m gpu -p no:cacheprovider"
-step stage_update 120 "$PYTHON -m benchmarks.stage_update --device cuda --out '$OUT'"
-step noise 40 "$PYTHON -m benchmarks.noise --device cuda --out '$OUT'"
+step info 15 "$PYTHON -m pydiff.info"
+step tests 110 "$PYTHON -m pytest -q -m gpu -p no:cacheprovider"
+step kernels 90 "$PYTHON -m benchmarks.kernels --device cuda --seconds @SECONDS@ --out '$OUT'"
+step unet 130 "$PYTHON -m benchmarks.unet --device cuda --seconds @SECONDS@ --out '$OUT'"
+step stage_update 70 "$PYTHON -m benchmarks.stage_update --device cuda --out '$OUT'"
+step noise 25 "$PYTHON -m benchmarks.noise --device cuda --out '$OUT'"
 
-case ${1:-} in
-    "") ;;
-    --dry-run)
-        for k in "${!names[@]}"; do printf '%-14s %4d s  %s\n' "${names[k]}" "${limits[k]}" "${commands[k]}"; done
-        exit 0
-        ;;
-    *)
-        echo "usage: benchmarks/gpu.sh [--dry-run]" >&2
-        exit 2
-        ;;
-esac
+for word in "${wanted[@]}"; do
+    [[ " $known " == *" ${word%%=*} "* ]] || misspelt=1
+done
+[ -z "$misspelt" ] || usage
+if [ -n "$dry" ]; then
+    for k in "${!names[@]}"; do printf '%-14s %4d s  %s\n' "${names[k]}" "${limits[k]}" "${commands[k]}"; done
+    exit 0
+fi
 
 # Code for this device alone: three architectures would take three times as long to build.
 capability='import torch; print("%d%d" % torch.cuda.get_device_capability())'

@@ -22,10 +22,11 @@ _NAMES = {
     "pydiff.time_grid": ("list_grids", "make_times"),
     "pydiff.solvers": ("get_solver", "list_solvers"),
     "pydiff.models": ("load_model",),
+    "pydiff.optimize": ("decode", "restore"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = ["__version__", *sorted(_HOME)]
+__all__ = ["__version__", "optimize", *sorted(_HOME)]
 
 if TYPE_CHECKING:
     from pydiff.compiler import make_plan as make_plan
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from pydiff.noise_schedule import RectifiedFlow as RectifiedFlow
     from pydiff.noise_schedule import VPCosine as VPCosine
     from pydiff.noise_schedule import VPLinear as VPLinear
+    from pydiff.optimize import decode as decode
+    from pydiff.optimize import optimize as optimize
+    from pydiff.optimize import restore as restore
     from pydiff.plan import Plan as Plan
     from pydiff.plan import PlanError as PlanError
     from pydiff.plan import concatenate as concatenate
@@ -61,6 +65,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "optimize":  # the package `pydiff.optimize`, which can be called
+        return importlib.import_module("pydiff.optimize")
     if name not in _HOME:
         raise AttributeError(f"module 'pydiff' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

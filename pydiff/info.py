@@ -2,8 +2,8 @@
 
     python -m pydiff.info
 
-An operation is a module of `pydiff.ops` with a predicate `can_use_native(device) -> (bool, reason)`, so that
-what is added there is listed here.
+An operation with compiled code is a module of `pydiff.ops` with a predicate `can_use_native(device) -> (bool, reason)`;
+one with a Triton kernel is a function `<operation>_kernel` there. So what is added is listed here.
 """
 
 from __future__ import annotations
@@ -127,10 +127,34 @@ def predicates() -> dict[str, Predicate]:
     return found
 
 
+def triton_operations() -> list[str]:
+    """Names of the operations that have a Triton kernel."""
+    from pydiff import ops
+
+    found = []
+    for info in pkgutil.iter_modules(ops.__path__):
+        module = importlib.import_module(f"pydiff.ops.{info.name}")
+        own = [n for n, f in vars(module).items() if getattr(f, "__module__", None) == module.__name__]
+        found += [name.removesuffix("_kernel") for name in own if name.endswith("_kernel") and name[0] != "_"]
+    return found
+
+
 def operations() -> Iterator[Line]:
     for name, predicate in predicates().items():
         for kind in ("cpu", "cuda"):
             yield f"{name} on {kind}", _backend(predicate, kind)
+    for name in triton_operations():
+        yield f"{name} on cpu", "plain PyTorch: its kernel is for CUDA devices"
+        yield f"{name} on cuda", _triton_backend(name)
+
+
+def _triton_backend(name: str) -> str:
+    from pydiff.ops.triton_ops import available
+
+    if not torch.cuda.is_available():
+        return "no device"
+    fast, reason = available(name, torch.device("cuda"))
+    return "Triton" if fast else f"plain PyTorch: {reason}"
 
 
 def _backend(predicate: Predicate, kind: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from pydiff.compiler import GuidanceScale, make_plan
 from pydiff.conditions import check_condition, join
 from pydiff.noise_schedule import NoiseSchedule, VPLinear
 from pydiff.noise_source import Noise, from_generator
+from pydiff.ops import table
 from pydiff.plan import Plan, stage_values
 from pydiff.prediction import Prediction
 from pydiff.state import Seed, State, distinct_plans, init, initial_noise, row_seeds, step
@@ -71,13 +73,14 @@ def run_plan(
     progress: bool = False,
     return_trajectory: bool = False,
     check_finite: bool = True,
+    hoist: bool = True,
 ) -> Any:
     """Run a plan on a model.
 
     Args:
         plan: one plan, or one for each row.
         model: called as model(x, t, **cond) with x [B, *sample] (twice the rows with guidance: unconditional first)
-            and t [B]; returns a tensor like x.
+            and t [B]; returns a tensor like x, or an object that holds it as `.sample`.
         x: x_T [B, *sample] at the plan's first noise level, left as it is.
         seed, noise, generator: of the noise a stochastic plan adds; at most one of them. seed: an integer s (row k
             takes s + k) or one for each row. noise: [draws, *x.shape] or a function of the draw number.
@@ -89,6 +92,8 @@ def run_plan(
         return_trajectory: return (x, trajectory), trajectory [stages + 1, B, *sample].
         check_finite: raise `NonFiniteError` if the model returns NaN or infinity: at once on the CPU, at the end
             elsewhere, so that nothing waits for the device inside the loop.
+        hoist: compute before the loop what depends on the times and the condition alone, where `pydiff.optimize` has
+            made that possible for the model. The same samples, up to the rounding of matrix products.
 
     Returns: the sample, [B, *sample] in `dtype`.
     """
@@ -104,7 +109,7 @@ def run_plan(
     trajectory = [state.x.clone()] if return_trajectory else None
     with torch.no_grad():
         run(state, model, arguments, callback=callback, progress=progress, trajectory=trajectory,
-            check_finite=check_finite)
+            check_finite=check_finite, hoist=hoist)
     result = state.x.clone()  # not a view, which would keep the history in memory
     return (result, torch.stack(trajectory)) if trajectory is not None else result
 
@@ -121,15 +126,17 @@ def model_arguments(cond: Mapping[str, Any] | None, uncond: Mapping[str, Any] | 
 
 
 def run(state: State, model: Model, arguments: Mapping[str, Any], *, callback: Callback | None = None,
-        progress: bool = False, trajectory: list[torch.Tensor] | None = None, check_finite: bool = True) -> None:
+        progress: bool = False, trajectory: list[torch.Tensor] | None = None, check_finite: bool = True,
+        hoist: bool = True) -> None:
     """Advance `state` to the end of its plans (or until the callback says stop)."""
     plan = max(state.plans, key=len)
+    call = _caller(state, model, arguments, hoist)
     on_host = state.x.device.type == "cpu"
     with tqdm(total=state.total, initial=state.steps_done, disable=not progress, unit="call") as bar:
         while not state.finished:
             i = state.steps_done
             x_in, version = state.model_input, _version(state)
-            m = model(x_in, state.model_time, **arguments)
+            m = call(x_in)
             if _version(state) != version:
                 raise RuntimeError("the model changed its input in place; return a new tensor, or call it through "
                                    "lambda x, t: net(x.clone(), t)")
@@ -143,6 +150,26 @@ def run(state: State, model: Model, arguments: Mapping[str, Any], *, callback: C
                 break
     if check_finite and not on_host:
         _raise_if_nonfinite(state)
+
+
+def _caller(state: State, model: Model, arguments: Mapping[str, Any], hoist: bool) -> Callable[[Any], torch.Tensor]:
+    """The model as a function of its input alone: told where the rows stand, with what it needs besides."""
+    if hoist and hasattr(model, "hoist_times"):
+        from pydiff.optimize.hoisting import CannotHoist, HoistedModel
+
+        t = state.tensors
+        try:
+            hoisted = HoistedModel(model, t.coefficients[:, table.TIME], arguments, t.copies * t.rows)
+        except CannotHoist as reason:
+            warnings.warn(f"pydiff: nothing is hoisted out of the loop: {reason}", stacklevel=2)
+        else:
+            return lambda x: hoisted(x, t.cursor)
+    return lambda x: _output(model(x, state.model_time, **arguments))
+
+
+def _output(returned: Any) -> torch.Tensor:
+    """The tensor in what a model returned: itself, or the `.sample` of diffusers' outputs."""
+    return returned if isinstance(returned, torch.Tensor) else getattr(returned, "sample", returned)
 
 
 def _version(state: State) -> int:
@@ -260,7 +287,7 @@ def sample(model: Model, shape: Sequence[int], *, solver: str = "dpmpp_2m", step
 
 
 _CALL_OPTIONS = {"x0", "device", "noise", "generator", "cond", "uncond", "mask", "known", "constant", "extra",
-                 "callback", "progress", "return_trajectory", "check_finite"}
+                 "callback", "progress", "return_trajectory", "check_finite", "hoist"}
 
 
 def _model_schedule(model: Model) -> NoiseSchedule:

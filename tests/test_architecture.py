@@ -13,6 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pydiff"
 LONGEST_FILE = 500
 
+# Operations with a Triton kernel.
+FAMILIES = ("attention", "geglu", "group_norm", "layer_norm", "residual", "rms_norm", "upsample")
+TRITON = {f"ops.{name}" for name in FAMILIES}
+
 # From the ground up: a module imports its own layer and those below it.
 LAYERS = [
     {
@@ -29,7 +33,7 @@ LAYERS = [
     },
     {"plan", "plan_text", "plan_builder"},
     {"solvers"},
-    {"compiler", "_native", "ops.library", "ops.noise", "ops.stage"},
+    {"compiler", "_native", "ops.library", "ops.noise", "ops.stage", "ops.triton_ops", "ops.measured", *TRITON},
     {"noise_source", "conditions"},
     {"state"},
     {"sampler", "graph", "optimize", "models"},

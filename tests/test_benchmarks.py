@@ -297,7 +297,8 @@ def test_replays_are_timed_and_what_waits_for_the_device_is_not_captured(monkeyp
     assert cuda.modes == ["error", "default"] * 2
 
 
-@pytest.mark.parametrize("command", [["benchmarks/noise.py"], ["-m", "benchmarks.stage_update"]])
+@pytest.mark.parametrize("command", [["benchmarks/noise.py"], ["-m", "benchmarks.stage_update"],
+                                     ["benchmarks/kernels.py"], ["benchmarks/unet.py"]])
 def test_scripts_start_as_a_file_and_as_a_module(command):
     done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--quick" in done.stdout, done.stderr
@@ -327,15 +328,28 @@ def listed(done: subprocess.CompletedProcess) -> dict[str, tuple[int, str]]:
 def test_the_gpu_script_lists_its_steps(tmp_path):
     done = run_gpu("--dry-run", OUT=str(tmp_path / "absent"))
     steps = listed(done)
-    assert done.returncode == 0 and list(steps) == ["build", "info", "tests", "stage_update", "noise"]
+    assert done.returncode == 0
+    assert list(steps) == ["build", "info", "tests", "kernels", "unet", "stage_update", "noise"]
     assert "-m gpu" in steps["tests"][1] and "build_ext --inplace" in steps["build"][1]
-    for name in ("stage_update", "noise"):
-        assert f"benchmarks.{name} --device cuda --out '{tmp_path}/absent'" in steps[name][1]
+    for name in ("kernels", "unet", "stage_update", "noise"):
+        command = steps[name][1]
+        assert f"benchmarks.{name} --device cuda" in command and f"--out '{tmp_path}/absent'" in command
+    for name in ("kernels", "unet"):  # done, and written down, before the limit
+        limit, command = steps[name]
+        assert 10 <= limit - int(re.search(r"--seconds (\d+) ", command)[1]) <= 30
     assert not (tmp_path / "absent").exists()
     wheels = listed(run_gpu("--dry-run", WHEELS=str(tmp_path)))
     assert list(wheels)[0] == "wheels" and "--no-index --no-deps" in wheels["wheels"][1]
     assert sum(limit for limit, _ in wheels.values()) <= 585  # under ten minutes, with what it takes to stop a step
-    assert run_gpu("--quick").returncode == 2
+
+
+@needs_bash
+def test_steps_of_the_gpu_script_can_be_chosen_and_given_time():
+    steps = listed(run_gpu("--dry-run", "build", "unet=400"))
+    assert list(steps) == ["build", "unet"] and steps["unet"][0] == 400 and "--seconds 380" in steps["unet"][1]
+    for words in (["--quick"], ["nothing"], ["unet=x"], ["unet="], ["build", "kernels=-1"]):
+        done = run_gpu("--dry-run", *words)
+        assert done.returncode == 2 and "steps: build info tests kernels unet" in done.stderr and not done.stdout
 
 
 STUB = """#!/usr/bin/env bash
@@ -343,7 +357,7 @@ STUB = """#!/usr/bin/env bash
 case "$*" in
     -c*) echo 90 ;;
     "-m pytest"*) exit 1 ;;
-    "-m benchmarks.stage_update"*) sleep 60 ;;
+    "-m benchmarks.unet"*) sleep 60 ;;
     *) echo "$PYDIFF_CUDA $PYDIFF_CUDA_ARCHS" ;;
 esac
 """
@@ -355,11 +369,12 @@ def test_the_gpu_script_goes_on_after_a_failure_and_stops_what_hangs(tmp_path):
     stub.write_text(STUB)
     stub.chmod(0o755)
     done = run_gpu(PYTHON=str(stub), OUT=str(tmp_path / "out"), LIMIT="2")
-    assert done.returncode == 1 and "3 of 5 steps did not pass" in done.stderr, done.stderr
+    assert done.returncode == 1 and "4 of 7 steps did not pass" in done.stderr, done.stderr
     [summary] = (tmp_path / "out").glob("gpu-*.json")
     steps = {step["step"]: step["status"] for step in json.loads(summary.read_text())["steps"]}
-    assert steps == {"build": "passed", "info": "passed", "tests": "failed", "stage_update": "timed out",
-                     "noise": "skipped, no time left"}
+    skipped = "skipped, no time left"
+    assert steps == {"build": "passed", "info": "passed", "tests": "failed", "kernels": "passed",
+                     "unet": "timed out", "stage_update": skipped, "noise": skipped}
     [log] = (tmp_path / "out").glob("gpu-*.log")
     assert "1 90" in log.read_text()  # a build without CUDA is a failure there, and one architecture will do
 

@@ -32,8 +32,10 @@ def test_versions_and_devices_are_named():
 
 def test_every_operation_has_a_line_for_each_device():
     assert {"stage", "noise"} <= set(info.predicates())
+    assert {"group_norm", "attention", "layer_norm", "linear_geglu"} <= set(info.triton_operations())
     names = [name for name, _ in info.operations()]
-    assert names == [f"{op} on {kind}" for op in info.predicates() for kind in ("cpu", "cuda")]
+    listed = [*info.predicates(), *info.triton_operations()]
+    assert names == [f"{op} on {kind}" for op in listed for kind in ("cpu", "cuda")]
 
 
 def test_the_backend_is_what_the_operation_would_take():
@@ -49,6 +51,21 @@ def test_a_missing_extension_is_explained(monkeypatch):
     monkeypatch.setattr(_native, "_missing", "no compiler was there")
     assert dict(info.compiled_code()) == {"pydiff._C": "none: no compiler was there"}
     assert dict(info.operations())["stage on cpu"] == "plain PyTorch: no compiler was there"
+
+
+def test_a_triton_operation_says_why_it_is_not_used(monkeypatch):
+    from pydiff.ops import triton_ops
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (9, 0))
+    triton_ops.capability.cache_clear()
+    assert info._triton_backend("group_norm") == "Triton"
+    monkeypatch.setenv("PYDIFF_DISABLE", "stage,group_norm")
+    assert "PYDIFF_DISABLE" in info._triton_backend("group_norm")
+    monkeypatch.setattr(triton_ops, "has_triton", lambda: False)
+    assert "triton is not installed" in info._triton_backend("layer_norm")
+    monkeypatch.undo()
+    triton_ops.capability.cache_clear()
 
 
 def test_a_disabled_operation_says_so(monkeypatch):

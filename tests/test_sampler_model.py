@@ -287,3 +287,14 @@ def test_threads_do_not_meet() -> None:
     for thread in threads:
         thread.join()
     assert len(results) == 8 and all(torch.equal(results[key], expected[key]) for key in expected)
+
+
+def test_an_output_of_diffusers_is_unwrapped():
+    """diffusers' models return an object with the tensor as `.sample`."""
+
+    class Output:
+        def __init__(self, sample):
+            self.sample = sample
+
+    plain = pydiff.sample(lambda x, t: 0.5 * x, (2, 3), steps=3, seed=0)
+    assert torch.equal(pydiff.sample(lambda x, t: Output(0.5 * x), (2, 3), steps=3, seed=0), plain)

@@ -1,0 +1,208 @@
+"""Attention of images and text: softmax(scale q k^T) v, by the fastest of several backends for its shape.
+
+`attention` is the operation. On the CPU and where gradients are needed it is PyTorch's `scaled_dot_product_attention`,
+`attention_reference`; on CUDA devices `pydiff.ops.attention_backends` chooses among PyTorch's backends and
+`attention_kernel`, the Triton kernels of `pydiff.kernels.attention`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from pydiff.ops import triton_ops
+
+if TYPE_CHECKING:
+    from pydiff.kernels.attention import Config
+
+_LARGEST_STRIDE = 2**24  # of a row, in elements: offsets inside a tile of 128 rows are 32-bit
+
+
+def sequence_major(x: torch.Tensor) -> torch.Tensor:
+    """x [B, H, L, D], copied unless its memory is already [B, L, H, D]."""
+    y = x.transpose(1, 2)  # clone, not contiguous: a torch without CUDA has that for fake CUDA tensors too
+    return (y if y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)).transpose(1, 2)
+
+
+def expanded_mask(mask: torch.Tensor) -> torch.Tensor:
+    """A key mask [B, Lk] in the form that PyTorch takes, [B, 1, 1, Lk]; other masks as they are."""
+    return mask[:, None, None, :] if mask.dim() == 2 else mask
+
+
+def without_dead_rows(out: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """`out` [B, H, Lq, D] with zeros in the rows that may attend to nothing, where PyTorch's backends differ."""
+    if mask is None:
+        return out
+    mask = expanded_mask(mask)
+    dead = ~mask.any(-1, keepdim=True) if mask.dtype == torch.bool else (mask == -math.inf).all(-1, keepdim=True)
+    return out.masked_fill(dead, 0.0)
+
+
+def attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None
+) -> torch.Tensor:
+    """`attention` by PyTorch's own choice of `scaled_dot_product_attention`; differentiable, any floating dtype."""
+    k, v = (t.expand(q.shape[0], *t.shape[1:]) for t in (k, v))
+    attn_mask = None if mask is None else expanded_mask(mask)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale)
+    return sequence_major(without_dead_rows(out, mask))
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability, (9, 0) where no device can be asked: fake tensors, the interpreter."""
+    asked = device.type == "cuda" and torch.cuda.is_available()
+    return triton_ops.capability(device.index or 0) if asked else (9, 0)
+
+
+def attention_kernel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """`attention` by the Triton kernels, with a key mask [B, Lk] or none; one launch, as `config` says if given."""
+    from pydiff.kernels import attention as kernels
+
+    (b, h, lq, d), lk = q.shape, k.shape[2]
+    if config is None:
+        units = triton_ops.multiprocessors(q.device)
+        config = kernels.select(b, h, lq, lk, d, q.element_size(), units, capability(q.device))
+    out = torch.empty((b, lq, h, d), dtype=q.dtype, device=q.device)
+    # The kernel takes strides in units of 8 elements; those of dimensions of size 1 may be anything.
+    strides = [0 if n == 1 else s // 8 for t in (q, k, v) for n, s in zip(t.shape[:3], t.stride()[:3])]
+    mask_stride = 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
+    log2_scale = (d**-0.5 if scale is None else scale) * math.log2(math.e)
+    triton_ops.launch(
+        kernels.kernel_of(config), (kernels.programs(config, b, h, lq),), q, k, v,
+        q if mask is None else mask.view(torch.uint8), out, log2_scale, h, lq, lk, *strides, mask_stride,
+        **kernels.constants(config, d, lk, mask is not None, q.element_size()),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def attention_launches() -> int:
+    """Kernels that one call of `attention_kernel` launches."""
+    return 1
+
+
+def can_use_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None
+) -> triton_ops.Usable:
+    """Whether `attention_kernel` runs here, and if not, why."""
+    fast, reason = triton_ops.can_use("attention", q, k, v, mask)
+    return _suits(q, k, v, mask, scale) if fast else (fast, reason)
+
+
+def _suits(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+) -> triton_ops.Usable:
+    from pydiff.kernels import attention as kernels
+
+    if mask is not None and (mask.dim() != 2 or mask.dtype != torch.bool or mask.stride(1) != 1):
+        return False, "the mask is not one of keys, bool [B, Lk] with its last dimension dense"
+    if scale is not None and not scale > 0.0:
+        return False, f"scale={scale} is not positive"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.stride(3) != 1:
+            return False, f"the last dimension of {name} has stride {t.stride(3)}, not 1"
+        if any(s % 8 for n, s in zip(t.shape[:3], t.stride()[:3]) if n > 1):
+            return False, f"{name} has strides {t.stride()[:3]}, not all multiples of 8"
+        if t.stride(2) >= _LARGEST_STRIDE:
+            return False, f"the rows of {name} are {t.stride(2)} elements apart, more than {_LARGEST_STRIDE}"
+    return kernels.supports(q.shape[3], q.element_size())
+
+
+def _check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """k and v in the batch of q, and the mask, one of keys [B, Lk] if it can be; ValueError if they do not fit."""
+    if q.dim() != 4 or not q.is_floating_point():
+        raise ValueError(f"q is {q.dtype} {tuple(q.shape)}; attention takes floating-point [B, H, Lq, D]")
+    b, h, lq, d = q.shape
+    for name, t in (("k", k), ("v", v)):
+        if t.dim() != 4 or t.shape[0] not in (1, b) or t.shape[1] != h or t.shape[3] != d or t.shape[2] != k.shape[2]:
+            raise ValueError(
+                f"{name} has shape {tuple(t.shape)}, k {tuple(k.shape)} and q {tuple(q.shape)}; k and v must be"
+                f" [{b} or 1, {h}, Lk, {d}]"
+            )
+        if t.dtype != q.dtype or t.device != q.device:
+            raise ValueError(f"{name} is {t.dtype} on {t.device}, q {q.dtype} on {q.device}; convert one to the other")
+    if k.shape[2] == 0 and q.numel():
+        raise ValueError("k has no rows: attention needs one key at least")
+    k, v = (t if t.shape[0] == b else t.expand(b, h, t.shape[2], d) for t in (k, v))
+    return k, v, None if mask is None else _check_mask(mask, q, k.shape[2])
+
+
+def _check_mask(mask: torch.Tensor, q: torch.Tensor, lk: int) -> torch.Tensor:
+    b, h, lq, _ = q.shape
+    if mask.device != q.device:
+        raise ValueError(f"mask is on {mask.device}, q on {q.device}; move one to the other")
+    if mask.dim() == 2 and mask.dtype == torch.bool and mask.shape[0] in (1, b) and mask.shape[1] == lk:
+        return mask
+    fits = mask.dim() == 4 and all(n in (1, m) for n, m in zip(mask.shape[:3], (b, h, lq))) and mask.shape[3] == lk
+    if not fits or mask.dtype not in (torch.bool, q.dtype):
+        raise ValueError(
+            f"mask is {mask.dtype} {tuple(mask.shape)}; it must be a bool mask of keys, [{b} or 1, {lk}], or a bool or"
+            f" {q.dtype} one, [{b} or 1, {h} or 1, {lq} or 1, {lk}]"
+        )
+    return mask[:, 0, 0] if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1 else mask
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """softmax(scale q k^T) v, [B, H, Lq, D], whose memory is [B, Lq, H, D] whichever backend ran.
+
+    So ``out.transpose(1, 2).flatten(2)`` is a view. Statistics and accumulators are float32, and the Triton kernels
+    multiply float32 inputs exactly (no TF32). Contract: close; the kernels' error against float64 is at most twice that
+    of PyTorch's own attention in the same dtype. Which backend runs on a CUDA device is measured, see
+    `pydiff.ops.attention_backends`; `attention_reference` runs on the CPU, where gradients are needed, and with masks
+    that are not of keys.
+
+    Args:
+        q: [B, H, Lq, D], any strides; the fast kernels want the last one to be 1 and the others multiples of 8.
+        k: [B, H, Lk, D], or with a batch of 1, which all rows share.
+        v: the same shape as k.
+        mask: bool [B, Lk] (or [B, 1, 1, Lk]), True where a key may be attended to; rows without any such key give
+            zeros. A general bool or additive mask [B or 1, H or 1, Lq or 1, Lk] goes to PyTorch. Two dimensions mean
+            [B, Lk] here, where `scaled_dot_product_attention` takes them for [Lq, Lk].
+        scale: of the scores, D**-0.5 by default.
+    """
+    k, v, mask = _check(q, k, v, mask)
+    if q.device.type != "cuda" or _plain_torch(q, k, v, mask):
+        return attention_reference(q, k, v, mask, scale)
+    if triton_ops.traced(q):
+        return _op(q, k, v, mask, scale)
+    from pydiff.ops import attention_backends
+
+    return attention_backends.run(q, k, v, mask, scale)
+
+
+def _plain_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return grad or q.numel() == 0 or (mask is not None and mask.dim() == 4)
+
+
+def _traced(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+) -> torch.Tensor:
+    """What a compiler sees: the backend that was remembered or is likely best, chosen while tracing."""
+    from pydiff.ops import attention_backends
+
+    return attention_backends.run_unmeasured(q, k, v, mask, scale)
+
+
+_op = triton_ops.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale) -> Tensor", _traced, attention_reference
+)

@@ -1,0 +1,236 @@
+"""Which backend computes an attention call: measured once for each shape, remembered, then taken directly.
+
+Backends are ``triton`` (`attention_kernel`) and those of PyTorch's `scaled_dot_product_attention`, each alone:
+``cudnn``, ``flash``, ``efficient``, ``math``. The first call with a new key (shapes, layout, dtype, mask or none,
+device) times every backend that accepts it on the call's own tensors, and keeps the fastest; one that raises is left
+out. While a CUDA graph is being captured, and while a compiler traces, nothing is measured: the remembered choice is
+taken, or that of a table (`likely`). So run a model once before capturing or compiling it.
+
+The environment variable ``PYDIFF_ATTENTION`` names a backend that runs every call which it accepts.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pydiff.ops import triton_ops
+from pydiff.ops.attention import (
+    attention_kernel,
+    can_use_attention,
+    capability,
+    expanded_mask,
+    sequence_major,
+    without_dead_rows,
+)
+from pydiff.ops.measured import gpu_microseconds
+
+HALF = (torch.bfloat16, torch.float16)
+_sdpa_flags = threading.RLock()  # PyTorch keeps the enabled backends in process-wide flags
+_MATH_SCORES = 2**26  # more scores than that, and PyTorch's unfused attention is timed only where nothing else runs
+
+
+class Call(NamedTuple):
+    """One attention call: q [B, H, Lq, D], k and v [B, H, Lk, D], a key mask [B, Lk] or none."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None = None
+    scale: float | None = None
+
+    def key(self) -> tuple[Any, ...]:
+        """What a choice depends on; of the strides, whether rows or heads lie closer together."""
+        q, k, v = self.q, self.k, self.v
+        layout = tuple(t.stride(1) < t.stride(2) for t in (q, k, v))
+        return tuple(q.shape), k.shape[2], layout, q.dtype, self.mask is not None, q.device
+
+
+class Backend(NamedTuple):
+    """`run` computes a call, in memory [B, Lq, H, D]; `accepts` says whether it would, and if not, why."""
+
+    run: Callable[[Call], torch.Tensor]
+    accepts: Callable[[Call], triton_ops.Usable]
+
+
+class Choice(NamedTuple):
+    """The backend that won, what each took in microseconds, and why the others did not run."""
+
+    backend: str
+    microseconds: Mapping[str, float]
+    refused: Mapping[str, str]
+
+
+def likely(call: Call) -> tuple[str, ...]:
+    """Backends in the order in which they are expected to be fastest; not measured on the device at hand.
+
+    Half precision: the Triton kernels for few keys and for head dimensions that the others pad (all but 64 and 128),
+    cuDNN for 64 and 128 from sm_90 on, flash attention below. float32: PyTorch's memory-efficient kernels.
+    """
+    if call.q.dtype not in HALF:
+        return "efficient", "triton", "math"
+    if call.q.shape[3] not in (64, 128) or call.k.shape[2] <= 128:
+        return "triton", "flash", "efficient", "math"
+    library = ("cudnn", "flash") if capability(call.q.device) >= (9, 0) else ("flash", "cudnn")
+    return *(library if call.mask is None else ()), "triton", "efficient", "math"
+
+
+class Chooser:
+    """Measures, remembers (the `limit` latest keys) and runs; safe to call from several threads.
+
+    Args:
+        backends: by name; "math", if there, is timed only where its scores are few or nothing else runs.
+        timer: microseconds that a function takes.
+        capturing: whether a CUDA graph is being captured, so that nothing may be measured.
+        order: the names to try, best first, where nothing is remembered.
+    """
+
+    def __init__(
+        self,
+        backends: Mapping[str, Backend],
+        timer: Callable[[Callable[[], Any]], float] = gpu_microseconds,
+        capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing,
+        order: Callable[[Call], tuple[str, ...]] = likely,
+        limit: int = 256,
+    ) -> None:
+        self.backends = backends
+        self._timer, self._capturing, self._order, self._limit = timer, capturing, order, limit
+        self._choices: dict[tuple[Any, ...], Choice] = {}
+        self._lock = threading.Lock()
+
+    def choices(self) -> dict[tuple[Any, ...], Choice]:
+        with self._lock:
+            return dict(self._choices)
+
+    def forget(self) -> None:
+        with self._lock:
+            self._choices.clear()
+
+    def run(self, call: Call) -> torch.Tensor:
+        """Compute `call` by the remembered backend; if there is none, measure, unless a graph is being captured."""
+        forced = self._forced(call)
+        if forced is not None:
+            return self.backends[forced].run(call)
+        key = call.key()
+        choice = self._choices.get(key)
+        if choice is None and not self._capturing():
+            with self._lock:
+                choice = self._choices.get(key) or self._measure(key, call)
+        return self.backends[choice.backend if choice else self._expected(call)].run(call)
+
+    def run_unmeasured(self, call: Call) -> torch.Tensor:
+        """Compute `call`, which is being traced, by the remembered backend or the one that is likely best."""
+        return self.backends[self.name(call)].run(call)
+
+    def name(self, call: Call) -> str:
+        """The backend that `call` gets without a measurement."""
+        forced = self._forced(call)
+        if forced is not None:
+            return forced
+        symbolic = any(not isinstance(n, int) for t in (call.q, call.k) for n in t.shape)
+        choice = None if symbolic else self._choices.get(call.key())
+        return choice.backend if choice else self._expected(call)
+
+    def _expected(self, call: Call) -> str:
+        names = [name for name in self._order(call) if name in self.backends and self.backends[name].accepts(call)[0]]
+        return names[0] if names else "math"
+
+    def _forced(self, call: Call) -> str | None:
+        name = os.environ.get("PYDIFF_ATTENTION")
+        if not name:
+            return None
+        if name not in self.backends:
+            raise ValueError(f"PYDIFF_ATTENTION is {name!r}; it can be {', '.join(self.backends)}")
+        accepted, reason = self.backends[name].accepts(call)
+        if not accepted:
+            warnings.warn(f"PYDIFF_ATTENTION={name} does not run {tuple(call.q.shape)}: {reason}", stacklevel=2)
+        return name if accepted else None
+
+    def _measure(self, key: tuple[Any, ...], call: Call) -> Choice:
+        times: dict[str, float] = {}
+        refused: dict[str, str] = {}
+        for name in sorted(self.backends, key=lambda name: name == "math"):
+            accepted, refused[name] = self.backends[name].accepts(call)
+            if name == "math" and times and call.q.shape[:3].numel() * call.k.shape[2] > _MATH_SCORES:
+                accepted, refused[name] = False, "its scores would fill too much memory"
+            if not accepted:
+                continue
+            try:
+                times[name] = self._timer(functools.partial(self.backends[name].run, call))
+                del refused[name]
+            except Exception as error:  # whatever a backend raises, another one can compute the call
+                refused[name] = f"{type(error).__name__}: {error}"
+        if not times:
+            raise RuntimeError(f"no attention backend runs {tuple(call.q.shape)}, {call.q.dtype}: {refused}")
+        while len(self._choices) >= self._limit:
+            del self._choices[next(iter(self._choices))]
+        self._choices[key] = Choice(min(times, key=times.__getitem__), times, refused)
+        return self._choices[key]
+
+
+def _library(backend: SDPBackend, accepts: Callable[[Call], triton_ops.Usable]) -> Backend:
+    """One backend of `scaled_dot_product_attention`, without the others to fall back to."""
+
+    def run(call: Call) -> torch.Tensor:
+        mask = None if call.mask is None else expanded_mask(call.mask)
+        with _sdpa_flags, sdpa_kernel([backend]):
+            out = F.scaled_dot_product_attention(call.q, call.k, call.v, attn_mask=mask, scale=call.scale)
+        return sequence_major(without_dead_rows(out, call.mask))
+
+    return Backend(run, accepts)
+
+
+def _half_without_mask(call: Call) -> triton_ops.Usable:
+    if call.mask is not None:
+        return False, "it takes no mask"
+    return _half(call)
+
+
+def _half(call: Call) -> triton_ops.Usable:
+    if call.q.dtype not in HALF:
+        return False, f"it takes bfloat16 and float16, not {call.q.dtype}"
+    if call.q.shape[3] > 256:
+        return False, f"it takes heads of at most 256 elements, not {call.q.shape[3]}"
+    return True, ""
+
+
+def _any(call: Call) -> triton_ops.Usable:
+    return True, ""
+
+
+chooser = Chooser(
+    {
+        "triton": Backend(lambda call: attention_kernel(*call), lambda call: can_use_attention(*call)),
+        "cudnn": _library(SDPBackend.CUDNN_ATTENTION, _half),
+        "flash": _library(SDPBackend.FLASH_ATTENTION, _half_without_mask),
+        "efficient": _library(SDPBackend.EFFICIENT_ATTENTION, _any),
+        "math": _library(SDPBackend.MATH, _any),
+    }
+)
+
+
+def run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None
+) -> torch.Tensor:
+    """`attention` of CUDA tensors (a key mask [B, Lk] or none, no gradients) by the fastest backend."""
+    return chooser.run(Call(q, k, v, mask, scale))
+
+
+def run_unmeasured(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None
+) -> torch.Tensor:
+    """`run`, while a compiler traces."""
+    return chooser.run_unmeasured(Call(q, k, v, mask, scale))
+
+
+def attention_choices() -> dict[tuple[Any, ...], Choice]:
+    """What has been measured: {(q's shape, Lk, layout, dtype, masked, device): Choice}."""
+    return chooser.choices()

@@ -1,0 +1,118 @@
+"""Choosing the fastest of several ways to compute the same thing, by measuring each once.
+
+Which of two kernels is faster depends on the shape, the device and the versions of the libraries; a short measurement
+the first time that a shape appears costs less than a wrong guess repeated. It stops the host until the device is done,
+so it belongs in the warm-up, and it never runs where that is forbidden: while a CUDA stream is captured, or a compiler
+traces.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+
+Candidate = Callable[[], Any]
+WARM_UP, REPETITIONS = 3, 7
+TIE = 0.98  # a later candidate has to take less than this share of the best time so far: near ties do not flicker
+
+
+def gpu_microseconds(candidate: Candidate) -> float:
+    """Median time of one call on the current CUDA stream, its inputs in the L2 cache."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns of every reason why an attention backend refuses, and raises
+        for _ in range(WARM_UP):
+            candidate()
+    marks = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(REPETITIONS)]
+    # The device waits while the host queues all repetitions: otherwise a slow launch would be measured, not the kernel.
+    torch.cuda._sleep(1_000_000)
+    for start, end in marks:
+        start.record()
+        candidate()
+        end.record()
+    marks[-1][1].synchronize()
+    return 1e3 * statistics.median(start.elapsed_time(end) for start, end in marks)
+
+
+def may_measure() -> bool:
+    """Whether the host may wait for the device here."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+class Measured:
+    """The fastest candidate for each key, measured when the key first appears and remembered.
+
+    Threads share it: one measures at a time, since two would disturb each other, and those that wait for the same key
+    find it answered.
+
+    Args:
+        capacity: how many keys are remembered; beyond it the oldest is forgotten.
+        timer: microseconds that one call of a candidate takes.
+        may_measure: whether measuring is allowed now.
+    """
+
+    def __init__(
+        self,
+        capacity: int = 256,
+        timer: Callable[[Candidate], float] = gpu_microseconds,
+        may_measure: Callable[[], bool] = may_measure,
+    ) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity = {capacity}: give at least 1")
+        self._capacity, self._timer, self._may_measure = capacity, timer, may_measure
+        self._choices: dict[Hashable, str] = {}
+        self._lock = threading.RLock()
+
+    def choose(self, key: Hashable, candidates: Mapping[str, Candidate]) -> str:
+        """Name of the fastest candidate for `key`; the first one, not remembered, where measuring is not allowed.
+
+        A candidate that raises cannot win; where every one does, the first one's error is raised.
+        """
+        if not candidates:
+            raise ValueError("candidates is empty: give at least one")
+        name = self._choices.get(key)
+        if name is not None and name in candidates:
+            return name
+        if not self._may_measure():
+            return next(iter(candidates))
+        with self._lock:
+            name = self._choices.get(key)
+            if name is not None and name in candidates:
+                return name
+            name = self._fastest(candidates)
+            self._choices.pop(key, None)
+            while len(self._choices) >= self._capacity:
+                del self._choices[next(iter(self._choices))]
+            self._choices[key] = name
+            return name
+
+    def _fastest(self, candidates: Mapping[str, Candidate]) -> str:
+        best, least, error = "", float("inf"), None
+        for name, candidate in candidates.items():
+            try:
+                time = self._timer(candidate)
+            except Exception as raised:
+                error = error or raised
+                continue
+            if not best or time < TIE * least:
+                best, least = name, time
+        if not best:
+            assert error is not None
+            raise error
+        return best
+
+    def choices(self) -> dict[Hashable, str]:
+        """What has been measured: the fastest candidate's name for each key."""
+        with self._lock:
+            return dict(self._choices)
+
+    def clear(self) -> None:
+        """Forget every choice, after a change of clocks or settings, say."""
+        with self._lock:
+            self._choices.clear()

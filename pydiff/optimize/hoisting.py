@@ -1,0 +1,143 @@
+"""Work that does not depend on x leaves the loop.
+
+The times of a plan are known before it starts, and the condition does not change while it runs. So every block's
+projection of the time embedding is computed for all stages at once, into a table [stages, width] whose columns belong
+to the blocks, and every cross-attention's keys and values once, into [batch, tokens, width]. The loop passes one row of
+the table, and the one wide context, where the model passes its embedding and its text anyway; a block that is handed
+something of that width takes its own columns instead of projecting.
+
+Contract: exact in float32 up to the rounding of matrix products of another shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from pydiff.optimize.swap import not_ready
+
+
+class Slot(NamedTuple):
+    """Where a block's columns lie in something hoisted, and how wide that is as a whole."""
+
+    start: int
+    stop: int
+    total: int
+
+
+def assign(name: str, blocks: Sequence[nn.Module], widths: Sequence[int], taken: Sequence[int]) -> int:
+    """Give each block a slot, kept as its attribute `name`. `taken`: widths that mean something else to the blocks."""
+    total = sum(widths)
+    while total in taken:
+        total += 16
+    start = 0
+    for block, width in zip(blocks, widths):
+        object.__setattr__(block, name, Slot(start, start + width, total))
+        start += width
+    return total
+
+
+def own_columns(slot: Slot | None, wide: Tensor | None) -> Tensor | None:
+    """A block's columns of something hoisted, as a view; None if `wide` is what the block gets when nothing is."""
+    if slot is None or not isinstance(wide, Tensor) or wide.shape[-1] != slot.total:
+        return None
+    return wide[..., slot.start : slot.stop]
+
+
+def gathered(parts: Sequence[Tensor], total: int) -> Tensor:
+    """The parts side by side in the last dimension, zeros up to `total`."""
+    wide = torch.cat(list(parts), dim=-1)
+    return wide if wide.shape[-1] == total else torch.nn.functional.pad(wide, (0, total - wide.shape[-1]))
+
+
+class CannotHoist(ValueError):
+    """A call that hoisting does not serve, and why. The model itself serves it."""
+
+
+@runtime_checkable
+class Hoistable(Protocol):
+    """A model whose embeddings can be computed before the loop: what `optimize` makes of the models it knows."""
+
+    hoisted_arguments: tuple[str, ...]
+    """The keyword arguments that hoisting understands; with others the model is called as it is."""
+
+    def hoist_times(self, times: Tensor, cond: Mapping[str, Any]) -> Tensor:
+        """Times [N], and the condition with N rows where it enters the embedding: every block's projection, [N, width].
+
+        Where the condition holds nothing that enters the embedding, N has nothing to do with the batch.
+        """
+
+    def hoist_condition(self, cond: Mapping[str, Any]) -> dict[str, Any]:
+        """The condition as `hoisted_forward` wants it: keys and values in place of the text, for example."""
+
+    def embedding_condition(self, cond: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of the condition (tensors [batch, ...]) that enters the time embedding."""
+
+    def hoisted_forward(self, x: Tensor, embedding: Tensor, cond: Mapping[str, Any]) -> Tensor:
+        """The model on x [batch, ...], given a row of the table for each row of x, and the hoisted condition."""
+
+
+class HoistedModel:
+    """A model bound to the times of a run and to one condition.
+
+    Args:
+        model: a `Hoistable`.
+        times: [S] the times the model is called with, in the order of the rows that `__call__` is given.
+        cond: the model's keyword arguments, for the whole batch of `batch` rows.
+
+    Raises `CannotHoist` if the model or the condition is none that hoisting serves.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, times: Tensor, cond: Mapping[str, Any] | None = None, batch: int = 1):
+        cond = dict(cond or {})
+        _check(model, times, cond)
+        self.model, self.cond = model, model.hoist_condition(cond)
+        entering = model.embedding_condition(cond)
+        stages = times.shape[0]
+        self.rows = batch if entering else 1
+        # One more row than stages: rows of the batch that have finished stand there, and no index needs a clamp.
+        padded = torch.cat([times, times.narrow(0, stages - 1, 1)])
+        repeated = {k: v.expand(batch, *v.shape[1:]).repeat(stages + 1, *([1] * (v.ndim - 1)))
+                    for k, v in entering.items()}
+        self.table = model.hoist_times(padded.repeat_interleave(self.rows), repeated)
+        self._row = torch.arange(self.rows, dtype=torch.int32, device=times.device)
+
+    def __call__(self, x: Tensor, stage: Tensor) -> Tensor:
+        """The model's output for x [batch, ...] at stage indices [R] int32, batch being a multiple of R."""
+        return self.model.hoisted_forward(x, self.embedding(stage, x.shape[0]), self.cond)
+
+    def embedding(self, stage: Tensor, batch: int) -> Tensor:
+        """The rows of the table for a batch, [batch, width]: one gather on the device."""
+        if self.rows > 1:
+            stage = stage.repeat(batch // stage.shape[0]) if stage.shape[0] != batch else stage
+            return self.table.index_select(0, torch.add(self._row, stage, alpha=self.rows))
+        rows = self.table.index_select(0, stage)
+        if rows.shape[0] == 1:
+            return rows.expand(batch, -1)
+        return rows if rows.shape[0] == batch else rows.repeat(batch // rows.shape[0], 1)
+
+
+def can_hoist(model: Any) -> bool:
+    """Whether `optimize` has made a model's embeddings such as can be computed before the loop."""
+    return isinstance(model, nn.Module) and isinstance(model, Hoistable)
+
+
+def _check(model: Any, times: Tensor, cond: Mapping[str, Any]) -> None:
+    if not can_hoist(model):
+        raise CannotHoist(f"{type(model).__name__} is none of the models that pydiff.optimize can hoist")
+    reason = not_ready(model, times)
+    if reason:
+        raise CannotHoist(reason)
+    others = sorted(k for k, v in cond.items() if given(v) and k not in (*model.hoisted_arguments, "return_dict"))
+    if others:
+        known = ", ".join(model.hoisted_arguments) or "nothing"
+        raise CannotHoist(f"a hoisted {type(model).__name__} takes {known}, and not {', '.join(others)}")
+
+
+def given(argument: Any) -> bool:
+    """Whether an optional argument says something."""
+    return argument is not None and argument is not False and not (isinstance(argument, dict) and not argument)
