@@ -138,8 +138,8 @@ def _sum_with_residual(v, addend, residual, summed, n, c, channels, positions, s
         r = tl.load(ptr[None, :] + offset, mask=mask, other=0.0)
     v = (v.to(tl.float32) + addend[None, :] + r.to(tl.float32)).to(residual.dtype.element_ty)
     if summed is not None:
-        ptr, step = _columns(summed, n, c, channels, positions, NHWC, VEC)
-        tl.store(ptr[None, :] + offset, v, mask=mask)
+        ptr, step = _columns(summed, n, c, channels, positions, NHWC, VEC)  # from `summed` alone: torch.compile takes
+        tl.store(ptr[None, :] + (start * step + rows[:, None] * step), v, mask=mask)  # the rest for written to as well
     return v
 
 
@@ -179,7 +179,10 @@ def group_norm_fused_kernel(
     tl.store(to_y[None, :] + rows[:, None] * step, out.to(y.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+SHARES = ["cpg", "chunks"]  # no address is a multiple of these, so it is of no use to know whether they are of 16
+
+
+@triton.jit(do_not_specialize_on_alignment=SHARES)
 def group_norm_statistics_kernel(
     x, x2, add, residual, summed, parts,
     positions, channels1, channels2, groups, cpg, chunks, add_stride,
@@ -282,7 +285,7 @@ def _merge_parts(parts, n, group, positions, groups, cpg, chunks, COLS: tl.const
     return zero + shift, tl.sum(square, 0) / count - shift * shift
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SHARES)
 def group_norm_apply_kernel(
     x, x2, add, parts, y, weight, bias, scale, shift,
     positions, channels1, channels2, groups, cpg, chunks, add_stride, scale_stride, shift_stride, eps,
@@ -308,7 +311,8 @@ def group_norm_apply_kernel(
     mean, variance = _merge_parts(parts, n, group, positions, groups, cpg, chunks, COLS, PARTS, BLOCK, NG, MERGE)
     member = (c // cpg)[None, :] == group[:, None]
     middle = _of_groups(mean, member) - _channel(add, n, add_stride, c, live, 0.0)
-    rstd = _of_groups(1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps), member)
+    variance = tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    rstd = _of_groups(1.0 / tl.sqrt(variance + eps), member)
     a, b = _affine(weight, bias, scale, shift, n, scale_stride, shift_stride, c, live, rstd)
     to_y, y_step = _columns(y, n, c, channels, positions, NHWC, VEC)
     for r in range(REPEAT):
@@ -351,7 +355,7 @@ def _cases(shape: tuple[int, int, int, int], dtype: str = "bf16", nhwc: bool = T
         for name in [k for k in signature if sizes.get(k) == 1]:
             meta[name] = sizes[name]
             del signature[name]
-        aligned = tuple(k for k in signature if k in sizes and sizes[k] % 16 == 0)
+        aligned = tuple(k for k in signature if k in sizes and sizes[k] % 16 == 0 and k not in SHARES)
         label = f"{kernel.__name__[11:-7]} {shape} {dtype} {'nhwc' if nhwc else 'nchw'} {'silu' if silu else ''}"
         extra = "+".join(k for k in present if k not in ("weight", "bias"))
         found.append(Case(kernel, f"{label} {extra}", signature, meta, constants["num_warps"], 1, aligned))

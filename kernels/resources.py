@@ -3,7 +3,8 @@
     python -m pydiff.kernels.resources [--arch 80 90 100] [--kernel group_norm ...] [--out table.json]
 
 Prints, for each case and architecture: registers of a thread, shared memory of a block, stack and local memory (bytes;
-both are zero where nothing spills), and the theoretical occupancy. Exits with 1 if a case spills or does not compile.
+both are zero where nothing spills), and the theoretical occupancy. Exits with 1 if a case spills, does
+not fit or does not compile.
 Needs triton and no torch.
 """
 
@@ -205,9 +206,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows))
     if arguments.out:
         arguments.out.write_text(json.dumps(to_json(rows), indent=1) + "\n", encoding="utf-8")
-    bad = [r for r in rows if r.spills or r.error]
+    bad = [r for r in rows if r.spills or r.error or not r.blocks_per_sm]
     for r in bad:
-        print(f"sm_{r.arch} {r.kernel} {r.case}: {r.error or 'spills'}", file=sys.stderr)
+        reason = r.error or ("spills" if r.spills else "does not fit a multiprocessor")
+        print(f"sm_{r.arch} {r.kernel} {r.case}: {reason}", file=sys.stderr)
     return 1 if bad else 0
 
 

@@ -167,8 +167,8 @@ def attention(
     So ``out.transpose(1, 2).flatten(2)`` is a view. Statistics and accumulators are float32, and the Triton kernels
     multiply float32 inputs exactly (no TF32). Contract: close; the kernels' error against float64 is at most twice that
     of PyTorch's own attention in the same dtype. Which backend runs on a CUDA device is measured, see
-    `pydiff.ops.attention_backends`; `attention_reference` runs on the CPU, where gradients are needed, and with masks
-    that are not of keys.
+    `pydiff.ops.attention_backends`; `attention_reference` runs on the CPU, where gradients are needed, under autocast,
+    and with masks that are not of keys.
 
     Args:
         q: [B, H, Lq, D], any strides; the fast kernels want the last one to be 1 and the others multiples of 8.
@@ -179,11 +179,13 @@ def attention(
             [B, Lk] here, where `scaled_dot_product_attention` takes them for [Lq, Lk].
         scale: of the scores, D**-0.5 by default.
     """
+    if q.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(q.device.type):
+        return attention_reference(q, k, v, mask, scale)  # q, k and v may differ in dtype: PyTorch converts them
     k, v, mask = _check(q, k, v, mask)
     if q.device.type != "cuda" or _plain_torch(q, k, v, mask):
         return attention_reference(q, k, v, mask, scale)
     if triton_ops.traced(q):
-        return _op(q, k, v, mask, scale)
+        return attention_reference(q, k, v, mask, scale) if _op is None else _op(q, k, v, mask, scale)
     from pydiff.ops import attention_backends
 
     return attention_backends.run(q, k, v, mask, scale)

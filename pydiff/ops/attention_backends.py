@@ -1,7 +1,7 @@
 """Which backend computes an attention call: measured once for each shape, remembered, then taken directly.
 
 Backends are ``triton`` (`attention_kernel`) and those of PyTorch's `scaled_dot_product_attention`, each alone:
-``cudnn``, ``flash``, ``efficient``, ``math``. The first call with a new key (shapes, layout, dtype, mask or none,
+``cudnn``, ``flash``, ``efficient``, ``math``. The first call with a new key (shapes, strides, dtype, mask or none,
 device) times every backend that accepts it on the call's own tensors, and keeps the fastest; one that raises is left
 out. While a CUDA graph is being captured, and while a compiler traces, nothing is measured: the remembered choice is
 taken, or that of a table (`likely`). So run a model once before capturing or compiling it.
@@ -11,6 +11,7 @@ The environment variable ``PYDIFF_ATTENTION`` names a backend that runs every ca
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -31,7 +32,7 @@ from pydiff.ops.attention import (
     sequence_major,
     without_dead_rows,
 )
-from pydiff.ops.measured import gpu_microseconds
+from pydiff.ops.measured import gpu_microseconds, on_device
 
 HALF = (torch.bfloat16, torch.float16)
 _sdpa_flags = threading.RLock()  # PyTorch keeps the enabled backends in process-wide flags
@@ -48,10 +49,14 @@ class Call(NamedTuple):
     scale: float | None = None
 
     def key(self) -> tuple[Any, ...]:
-        """What a choice depends on; of the strides, whether rows or heads lie closer together."""
-        q, k, v = self.q, self.k, self.v
-        layout = tuple(t.stride(1) < t.stride(2) for t in (q, k, v))
-        return tuple(q.shape), k.shape[2], layout, q.dtype, self.mask is not None, q.device
+        """What a choice depends on, with all that decides whether a backend accepts a call: that is not asked again.
+
+        So the strides belong to it, those of dimensions of size 1 as 0.
+        """
+        q, k, v, mask, scale = self
+        strides = tuple(0 if n == 1 else s for t in (q, k, v) for n, s in zip(t.shape, t.stride()))
+        masked = None if mask is None else mask.stride(1)
+        return tuple(q.shape), k.shape[2], strides, q.dtype, masked, scale is None or scale > 0.0, q.device
 
 
 class Backend(NamedTuple):
@@ -121,27 +126,40 @@ class Chooser:
             return self.backends[forced].run(call)
         key = call.key()
         choice = self._choices.get(key)
-        if choice is None and not self._capturing():
-            with self._lock:
-                choice = self._choices.get(key) or self._measure(key, call)
-        return self.backends[choice.backend if choice else self._expected(call)].run(call)
+        if choice is None:
+            with on_device(call.q.device):
+                if not self._capturing():
+                    with self._lock:
+                        choice = self._choices.get(key) or self._measure(key, call)
+        return self.backends[choice.backend].run(call) if choice else self._run_expected(call)
 
     def run_unmeasured(self, call: Call) -> torch.Tensor:
         """Compute `call`, which is being traced, by the remembered backend or the one that is likely best."""
-        return self.backends[self.name(call)].run(call)
+        name = self._decided(call)
+        return self._run_expected(call) if name is None else self.backends[name].run(call)
 
     def name(self, call: Call) -> str:
         """The backend that `call` gets without a measurement."""
+        return self._decided(call) or self._expected(call)[0]
+
+    def _decided(self, call: Call) -> str | None:
         forced = self._forced(call)
         if forced is not None:
             return forced
-        symbolic = any(not isinstance(n, int) for t in (call.q, call.k) for n in t.shape)
+        symbolic = any(not isinstance(n, int) for t in call[:3] for n in (*t.shape, *t.stride()))
         choice = None if symbolic else self._choices.get(call.key())
-        return choice.backend if choice else self._expected(call)
+        return choice.backend if choice else None
 
-    def _expected(self, call: Call) -> str:
+    def _expected(self, call: Call) -> list[str]:
         names = [name for name in self._order(call) if name in self.backends and self.backends[name].accepts(call)[0]]
-        return names[0] if names else "math"
+        return names or ["math"]
+
+    def _run_expected(self, call: Call) -> torch.Tensor:
+        *names, last = self._expected(call)
+        for name in names:
+            with contextlib.suppress(RuntimeError):  # PyTorch refuses for more reasons than `accepts` knows
+                return self.backends[name].run(call)
+        return self.backends[last].run(call)
 
     def _forced(self, call: Call) -> str | None:
         name = os.environ.get("PYDIFF_ATTENTION")
@@ -199,6 +217,14 @@ def _half(call: Call) -> triton_ops.Usable:
         return False, f"it takes bfloat16 and float16, not {call.q.dtype}"
     if call.q.shape[3] > 256:
         return False, f"it takes heads of at most 256 elements, not {call.q.shape[3]}"
+    return _dense(call)
+
+
+def _dense(call: Call) -> triton_ops.Usable:
+    if any(t.stride(3) != 1 for t in call[:3]):
+        return False, "the last dimension of q, k or v is not dense"
+    if call.q.shape[3] * call.q.element_size() % 16:
+        return False, f"heads of {call.q.shape[3]} elements are no multiple of 16 bytes"
     return True, ""
 
 
@@ -211,7 +237,7 @@ chooser = Chooser(
         "triton": Backend(lambda call: attention_kernel(*call), lambda call: can_use_attention(*call)),
         "cudnn": _library(SDPBackend.CUDNN_ATTENTION, _half),
         "flash": _library(SDPBackend.FLASH_ATTENTION, _half_without_mask),
-        "efficient": _library(SDPBackend.EFFICIENT_ATTENTION, _any),
+        "efficient": _library(SDPBackend.EFFICIENT_ATTENTION, _dense),
         "math": _library(SDPBackend.MATH, _any),
     }
 )
@@ -232,5 +258,5 @@ def run_unmeasured(
 
 
 def attention_choices() -> dict[tuple[Any, ...], Choice]:
-    """What has been measured: {(q's shape, Lk, layout, dtype, masked, device): Choice}."""
+    """What has been measured: {`Call.key`: Choice}."""
     return chooser.choices()

@@ -8,6 +8,7 @@ traces.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import threading
 import warnings
@@ -22,20 +23,25 @@ TIE = 0.98  # a later candidate has to take less than this share of the best tim
 
 
 def gpu_microseconds(candidate: Candidate) -> float:
-    """Median time of one call on the current CUDA stream, its inputs in the L2 cache."""
+    """Median time of one call on the current stream of the current CUDA device, its inputs in the L2 cache."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch warns of every reason why an attention backend refuses, and raises
         for _ in range(WARM_UP):
             candidate()
     marks = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(REPETITIONS)]
-    # The device waits while the host queues all repetitions: otherwise a slow launch would be measured, not the kernel.
-    torch.cuda._sleep(1_000_000)
+    # The device waits (2 ms) while the host queues all repetitions: otherwise slow launches, not kernels, would count.
+    torch.cuda._sleep(4_000_000)
     for start, end in marks:
         start.record()
         candidate()
         end.record()
     marks[-1][1].synchronize()
     return 1e3 * statistics.median(start.elapsed_time(end) for start, end in marks)
+
+
+def on_device(device: torch.device | None) -> contextlib.AbstractContextManager[Any]:
+    """Make a CUDA device the current one: events, and whether a graph is being captured, are asked of that."""
+    return torch.cuda.device(device) if device is not None and device.type == "cuda" else contextlib.nullcontext()
 
 
 def may_measure() -> bool:
@@ -69,18 +75,27 @@ class Measured:
         self._choices: dict[Hashable, str] = {}
         self._lock = threading.RLock()
 
-    def choose(self, key: Hashable, candidates: Mapping[str, Candidate]) -> str:
+    def choose(self, key: Hashable, candidates: Mapping[str, Candidate], device: torch.device | None = None) -> str:
         """Name of the fastest candidate for `key`; the first one, not remembered, where measuring is not allowed.
 
         A candidate that raises cannot win; where every one does, the first one's error is raised.
+
+        Args:
+            device: where the candidates run; the current CUDA device by default.
         """
         if not candidates:
             raise ValueError("candidates is empty: give at least one")
         name = self._choices.get(key)
         if name is not None and name in candidates:
             return name
-        if not self._may_measure():
-            return next(iter(candidates))
+        with on_device(device):
+            return self._measure(key, candidates) if self._may_measure() else next(iter(candidates))
+
+    def known(self, key: tuple[Any, ...]) -> str | None:
+        """What `choose` remembers for `key`; None where it holds sizes that are being traced."""
+        return None if any(isinstance(part, torch.SymInt) for part in key) else self._choices.get(key)
+
+    def _measure(self, key: Hashable, candidates: Mapping[str, Candidate]) -> str:
         with self._lock:
             name = self._choices.get(key)
             if name is not None and name in candidates:

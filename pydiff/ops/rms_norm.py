@@ -139,8 +139,8 @@ def qk_norm_rotary_kernel(
     cos_strides = [0, 0]
     if cos is not None and sin is not None:
         cos, sin = (t if t.dim() == 3 else t.unsqueeze(0) for t in (cos, sin))
-        if cos.stride(2) != 1 or cos.stride() != sin.stride():
-            cos, sin = cos.contiguous(), sin.expand(cos.shape).contiguous()
+        if cos.stride(2) != 1 or cos.shape != sin.shape or cos.stride() != sin.stride():
+            cos, sin = (t.contiguous() for t in torch.broadcast_tensors(cos, sin))
         cos_strides = [cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)]
     most = max(heads, k.shape[2])
     config = kernels.select_heads(most, dim)

@@ -59,6 +59,8 @@ def can_use(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> Usable:
     tensors = [x, *(t for t in others if t is not None)]
     if any(t.device != x.device for t in tensors):
         return False, f"tensors on several devices: {sorted({str(t.device) for t in tensors})}"
+    if not torch.compiler.is_compiling() and _native.is_plain(x) and not all(map(_native.is_plain, tensors)):
+        return False, "one of the tensors is of a subclass, whose memory the kernel could not read"
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False, "gradients are required (call under torch.no_grad())"
     if x.numel() == 0:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar, overload
 
@@ -71,9 +72,16 @@ def optimize(model: M, *, report: bool = False, memory_format: MemoryFormat = "a
     left += [(entry, None) for entry in more.left]
     for _, module, rule in chosen:
         swap_in(module, rule)
-    for _, module, rule in chosen:  # a whole looks at its parts, which must be swapped by then
-        rule.prepare(module)
+    for entry, module, rule in list(chosen):  # a whole looks at its parts, which must be swapped by then
+        reason = rule.prepare(module)
+        if reason:
+            swap_back(module)  # type: ignore[arg-type]
+            left.append((entry._replace(what=reason, contract=""), module))
+            chosen.remove((entry, module, rule))
     _to_memory_format(model, memory_format)
+    if not any(is_fused(module) for module in model.modules()):
+        warnings.warn(f"pydiff.optimize: nothing in {type(model).__name__} is known, it runs as before"
+                      + (f" ({left[0][0].name or left[0][0].cls}: {left[0][0].what})" if left else ""), stacklevel=3)
     if not report:
         return model
     # A module that its parent has seen to (SD3's joint attention) is not one that was left.
@@ -88,15 +96,15 @@ def restore(model: M) -> M:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    formats = vars(model).get("_pydiff_formats", {})
     with torch.inference_mode(False), torch.no_grad():  # parameters stay such as can be trained
         for module in list(model.modules()):
+            strides = vars(module).pop("_pydiff_strides", {})
+            for name, p in module.named_parameters() if strides else ():
+                if name in strides and p.ndim == len(strides[name]) and p.stride() != strides[name]:
+                    before = torch.empty_strided(p.shape, strides[name], dtype=p.dtype, device=p.device)
+                    p.data = before.copy_(p)
             if isinstance(module, Fused):
                 swap_back(module)
-        for name, parameter in model.named_parameters():
-            if formats.get(name):
-                parameter.data = parameter.data.contiguous()
-    vars(model).pop("_pydiff_formats", None)
     return model
 
 
@@ -114,16 +122,16 @@ def _check(model: Any, memory_format: Any) -> None:
 
 
 def _to_memory_format(model: nn.Module, memory_format: MemoryFormat) -> None:
-    """Change the layout of the convolutions' weights, remembering which were contiguous before."""
+    """Change the layout of the convolutions' weights, remembering the strides of those that change."""
     on_cuda = any(p.device.type == "cuda" for p in model.parameters())
     if memory_format is None or (memory_format == "auto" and not on_cuda):
         return
     wanted = torch.channels_last if memory_format == "auto" else memory_format
-    formats = vars(model).setdefault("_pydiff_formats", {})
+    strides = vars(model).setdefault("_pydiff_strides", {})
     with torch.inference_mode(False), torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 4 and not p.is_contiguous(memory_format=wanted):
-                formats.setdefault(name, p.is_contiguous())
+                strides.setdefault(name, p.stride())
                 p.data = p.data.contiguous(memory_format=wanted)
 
 
@@ -134,8 +142,6 @@ def _notes(model: nn.Module) -> Iterator[str]:
                "fused operations are plain PyTorch")
     if model.training:
         yield "the model is in training mode, in which it runs as before: call model.eval()"
-    if not any(isinstance(m, Fused) for m in model.modules()):
-        yield "nothing in this model is known: it runs as before"
 
 
 class _Package(types.ModuleType):

@@ -14,7 +14,7 @@ from pydiff.ops.group_norm import group_norm
 from pydiff.ops.residual import residual_add
 from pydiff.ops.upsample import upsample_conv2d
 from pydiff.optimize.hoisting import assign, gathered, own_columns
-from pydiff.optimize.parts import convolution, is_plain, norm_act, pointwise, unhooked
+from pydiff.optimize.parts import convolution, is_nhwc, is_plain, norm_act, pointwise, unhooked
 from pydiff.optimize.swap import Fused, Rule, fused_class, ready
 
 
@@ -109,7 +109,8 @@ class HoistableUNet(FusedUNet):
 def joined(block: Any, x: Tensor, skip: Tensor, embedding: Tensor) -> Tensor:
     """A block on [x; skip], whose concatenation is made only for a residual block that wants it."""
     first = block[0]
-    if not (unhooked(block) and isinstance(first, FusedResBlock) and unhooked(first)):
+    fused = unhooked(block) and isinstance(first, FusedResBlock) and unhooked(first)
+    if not fused or not is_nhwc(x) or not is_nhwc(skip):
         return block(torch.cat([x, skip], dim=1), embedding)
     h = first(x, embedding, skip=skip)
     return block[1](h) if len(block) > 1 else h

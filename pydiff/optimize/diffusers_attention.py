@@ -92,8 +92,8 @@ def refuse_attention(attn: Any) -> str | None:
     """Why an Attention is left as it is, or None; asked again at every call, for a processor can be set at any time."""
     if type(attn.processor).__name__ not in PROCESSORS:
         return f"its processor is {type(attn.processor).__name__}, not one of {', '.join(PROCESSORS)}"
-    if type(attn.processor).__name__ == "AttnProcessor" and attn.upcast_attention:
-        return "it asks for attention in float32 (upcast_attention with AttnProcessor)"
+    if type(attn.processor).__name__ == "AttnProcessor" and (attn.upcast_attention or attn.norm_q or attn.norm_k):
+        return "AttnProcessor is asked for attention in float32 (upcast_attention), or has norms it does not apply"
     for name in ("spatial_norm", "added_kv_proj_dim", "fused_projections"):
         if getattr(attn, name, None):
             return f"it uses {name}"
@@ -141,7 +141,7 @@ class FusedBasicTransformerBlock(Fused):
 def _last_product(ff: Any) -> Any:
     """The linear layer that ends a feed-forward, where its product can be accumulated into the residual."""
     net: Any = getattr(ff, "net", ())
-    if len(net) != 3 or not all(map(unhooked, (ff, *net))) or type(net[1]) is not nn.Dropout:
+    if len(net) != 3 or not all(map(unhooked, (ff, *net))) or type(net[1]) is not nn.Dropout or net[1].training:
         return None
     return net[2] if is_plain(net[2], nn.Linear) else None
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pydiff.ops.residual import residual_add
 from pydiff.ops.upsample import upsample_conv2d
 from pydiff.optimize.hoisting import own_columns
-from pydiff.optimize.parts import activation_name, convolution, is_plain, norm_act, pointwise, unhooked
+from pydiff.optimize.parts import activation_name, convolution, is_nhwc, is_plain, norm_act, pointwise, unhooked
 from pydiff.optimize.swap import Fused, Rule, ready
 
 
@@ -92,7 +92,8 @@ class FusedUpBlock(Fused):
         for resnet, attention, skip in zip(self.resnets, attentions, reversed(res_hidden_states_tuple)):
             hidden_states = joined(resnet, hidden_states, skip, temb)
             if attention is not None:
-                hidden_states = _attend(attention, hidden_states, kwargs)
+                reads = getattr(self, "has_cross_attention", False)
+                hidden_states = _attend(attention, hidden_states, kwargs if reads else None)
         for upsampler in self.upsamplers or ():
             if getattr(self, "upsample_type", "conv") == "resnet":
                 hidden_states = upsampler(hidden_states, temb)
@@ -102,14 +103,17 @@ class FusedUpBlock(Fused):
 
 
 def joined(resnet: nn.Module, x: Tensor, skip: Tensor, temb: Tensor | None) -> Tensor:
-    """A ResNet block on the concatenation of its two inputs, which is made only for a block that wants it."""
-    if isinstance(resnet, FusedResnetBlock2D) and unhooked(resnet):
+    """A ResNet block on the concatenation of its two inputs, which is made only where something wants it.
+
+    In NCHW the 1x1 shortcut does, so that it is made once, for norm and shortcut alike.
+    """
+    if isinstance(resnet, FusedResnetBlock2D) and unhooked(resnet) and is_nhwc(x) and is_nhwc(skip):
         return resnet(x, temb, skip=skip)
     return resnet(torch.cat([x, skip], dim=1), temb)
 
 
-def _attend(attention: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
-    if not hasattr(attention, "transformer_blocks"):
+def _attend(attention: nn.Module, hidden_states: Tensor, arguments: dict[str, Any] | None) -> Tensor:
+    if arguments is None:
         return attention(hidden_states)
     return attention(hidden_states, return_dict=False, **arguments)[0]
 

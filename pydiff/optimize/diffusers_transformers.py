@@ -21,7 +21,7 @@ from pydiff.ops.residual import residual_add
 from pydiff.ops.rms_norm import qk_norm_rotary
 from pydiff.optimize.hoisting import CannotHoist, assign, gathered, own_columns
 from pydiff.optimize.parts import is_plain, packed, plain_weight, unhooked
-from pydiff.optimize.swap import Fused, Rule, ready
+from pydiff.optimize.swap import PACKED, Fused, Rule, ready
 
 
 def _rows(modulation: Tensor) -> Tensor:
@@ -170,7 +170,9 @@ def linear_gelu(proj: nn.Module, x: Tensor) -> Tensor:
     CUDA the two operations are apart.
     """
     p: Any = proj
-    if x.device.type != "cuda" or not is_plain(proj, nn.Linear) or p.bias is None or p.weight.dtype != x.dtype:
+    grad = torch.is_grad_enabled() and x.requires_grad  # through the text alone; the operation has no derivative
+    fast = x.device.type == "cuda" and not grad and is_plain(proj, nn.Linear)
+    if not fast or p.bias is None or p.weight.dtype != x.dtype:
         return F.gelu(proj(x), approximate="tanh")
     y = torch.ops.aten._addmm_activation(p.bias, x.reshape(-1, x.shape[-1]), p.weight.t(), use_gelu=True)
     return y.view(*x.shape[:-1], -1)
@@ -231,7 +233,11 @@ def projected(owner: nn.Module, name: str, layers: Sequence[Any], x: Tensor) -> 
     """
     if torch.compiler.is_compiling():
         return None
-    keeper: Any = vars(owner).setdefault(f"_pydiff_packed_{name}", SimpleNamespace())
+    attribute = f"{PACKED}_{name}"
+    keeper: Any = vars(owner).get(attribute)
+    if keeper is None:
+        keeper = SimpleNamespace()
+        object.__setattr__(owner, attribute, keeper)
     together = packed(keeper, list(layers))
     return None if together is None else F.linear(x, *together)
 

@@ -12,10 +12,10 @@ from pydiff.optimize.diffusers_attention import FusedAttention, refuse_attention
 from pydiff.optimize.diffusers_blocks import FusedResnetBlock2D
 from pydiff.optimize.hoisting import CannotHoist, assign, gathered
 from pydiff.optimize.parts import norm_act
-from pydiff.optimize.swap import Fused, Rule
+from pydiff.optimize.swap import Fused, Rule, ready
 
 ADDED = ("text_embeds", "time_ids", "image_embeds")
-
+SIMPLE = ("class_labels", "timestep_cond", "added_cond_kwargs")  # arguments that the fused forward takes too
 
 BLOCKS = {f"{kind}{name}Block2D" for kind in ("", "CrossAttn", "Attn", "Resnet") for name in ("Down", "Up")}
 BLOCKS |= {"ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D", "UNetMidBlock2D", "UNetMidBlock2DCrossAttn"}
@@ -52,12 +52,13 @@ def unfused_context_reader(model: nn.Module) -> str:
     return ""
 
 
-def assign_time_slots(model: nn.Module, narrow: int) -> None:
+def assign_time_slots(model: nn.Module) -> None:
     """Give every fused ResNet block with a time projection its columns of the hoisted table."""
     every: list[Any] = [m for m in model.modules() if isinstance(m, FusedResnetBlock2D)]
     blocks = [m for m in every if m.time_emb_proj is not None]
     widths = [b.out_channels * (2 if b.time_embedding_norm == "scale_shift" else 1) for b in blocks]
-    total = assign("_pydiff_time", blocks, widths, (narrow,))
+    narrow = {getattr(b.time_emb_proj, "in_features", 0) for b in blocks}
+    total = assign("_pydiff_time", blocks, widths, narrow)
     object.__setattr__(model, "_pydiff_time_blocks", (blocks, total))
 
 
@@ -114,10 +115,12 @@ class FusedUNet2DConditionModel(_FusedUNet):
 
     def forward(self: Any, sample: Tensor, timestep: Any, encoder_hidden_states: Any = None, *args: Any,
                 return_dict: bool = True, **kwargs: Any) -> Any:
-        simple = {k: kwargs.pop(k, None) for k in ("class_labels", "timestep_cond", "added_cond_kwargs")}
-        if any(v is not None for v in (*args, *kwargs.values())) or not self._simple() or self.training:
-            return super().forward(sample, timestep, encoder_hidden_states, *args, return_dict=return_dict, **simple,
-                                   **kwargs)
+        simple = {k: kwargs.get(k) for k in SIMPLE}
+        others = (*args, *(v for k, v in kwargs.items() if k not in SIMPLE))
+        if any(v is not None for v in others) or not self._simple() or not ready(self, sample):
+            if not return_dict:  # or it was given by its place
+                kwargs["return_dict"] = False
+            return super().forward(sample, timestep, encoder_hidden_states, *args, **kwargs)
         emb = self._embed(sample, timestep, encoder_hidden_states, **simple)
         context = self.process_encoder_hidden_states(encoder_hidden_states, simple["added_cond_kwargs"])
         out = self._trunk(sample, emb, {"encoder_hidden_states": context})
@@ -161,10 +164,10 @@ class FusedUNet2DConditionModel(_FusedUNet):
 
 
 def _prepare_condition_model(model: Any) -> None:
-    assign_time_slots(model, model.time_embedding.linear_2.out_features)
+    assign_time_slots(model)
     cross: list[Any] = [a for a in context_readers(model) if isinstance(a, FusedAttention) and not a.norm_cross]
     total = assign("_pydiff_context", cross, [2 * a.inner_kv_dim for a in cross],
-                   (model.config.cross_attention_dim,))
+                   {getattr(a.to_k, "in_features", 0) for a in cross})
     object.__setattr__(model, "_pydiff_context_blocks", (cross, total))
 
 
@@ -172,8 +175,10 @@ class FusedUNet2DModel(_FusedUNet):
     hoisted_arguments = ("class_labels",)
 
     def forward(self: Any, sample: Tensor, timestep: Any, class_labels: Any = None, return_dict: bool = True) -> Any:
-        if not self._simple() or self.training:
+        if not self._simple() or not ready(self, sample):
             return super().forward(sample, timestep, class_labels, return_dict)
+        if not isinstance(timestep, Tensor):
+            timestep = int(timestep)  # as the original has it
         times = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])
         out = self._trunk(sample, self._embed(times, class_labels), {})
         if not return_dict:
@@ -216,5 +221,5 @@ RULES = (
          prepare=_prepare_condition_model),
     Rule((f"{_UNETS}.unet_2d.UNet2DModel",), FusedUNet2DModel,
          "last norm with SiLU; time projections can be hoisted",
-         prepare=lambda model: assign_time_slots(model, model.time_embedding.linear_2.out_features)),
+         prepare=assign_time_slots),
 )

@@ -276,7 +276,7 @@ def joined(block: Any, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
     """A decoder block on x, or on x and the last skip connection where it wants more channels than x has."""
     if x.shape[1] == block.in_channels:
         return block(x, emb)
-    if isinstance(block, FusedEDMBlock) and unhooked(block):
+    if isinstance(block, FusedEDMBlock) and unhooked(block) and is_nhwc(x) and is_nhwc(skips[-1]):
         return block(x, emb, skip=skips.pop())
     return block(torch.cat([x, skips.pop()], dim=1), emb)
 
@@ -321,15 +321,26 @@ def _refuse_net(model: Any) -> str | None:
     return None
 
 
-def _prepare_net(model: Any) -> None:
+def _prepare_net(model: Any) -> str | None:
+    def inputs(size: int) -> tuple[Any, ...]:
+        first = next(p for block in model.enc.values() for p in block.parameters() if p.ndim == 4)
+        x = torch.randn(2, first.shape[1], size, size, dtype=first.dtype, device=first.device)
+        labels, augment = (None if layer is None else x.new_ones(2, layer.weight.shape[1])
+                           for layer in (model.map_label, model.map_augment))
+        return x, x.new_tensor([-1.0, 1.0]), labels, augment
+
+    reason = probe.root_differs(model, inputs)
+    if reason:
+        return reason
     blocks: list[Any] = [b for part in (model.enc, model.dec) for b in part.values() if hasattr(b, "affine")]
     if not all(isinstance(b, FusedEDMBlock) for b in blocks):
-        return  # a block that was left as it is needs the embedding itself
+        return None  # a block that was left as it is needs the embedding itself
     narrow = model.map_layer1.weight.shape[0]
     total = assign("_pydiff_time", blocks, [b.affine.weight.shape[0] for b in blocks], (narrow,))
     object.__setattr__(model, "_pydiff_time_blocks", (blocks, total))
     mixin = HoistableSongUNet if isinstance(model, FusedSongUNet) else HoistableDhariwalUNet
     model.__class__ = fused_class(mixin, type(model)._original)
+    return None
 
 
 _NET = "skip connections read without concatenation; last norm with SiLU; embeddings can be hoisted"

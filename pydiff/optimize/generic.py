@@ -14,6 +14,8 @@ backend measured fastest. A function cannot be replaced by replacing classes: ``
 
 from __future__ import annotations
 
+import collections
+import copy
 import dis
 import functools
 import sys
@@ -129,12 +131,13 @@ class FusedMultiheadAttention(Fused):
                 need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
                 is_causal: bool = False) -> tuple[Tensor, Tensor | None]:
         simple = not need_weights and attn_mask is None and not is_causal and query.ndim == 3 and self._plain()
-        mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+        mask = key_padding_mask
         if not simple or not (mask is None or mask.dtype in (torch.bool, query.dtype)) or not ready(self, query):
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
                                    is_causal)
         q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in self._projections(query, key, value))
-        mask = ~mask if mask is not None and mask.dtype == torch.bool else mask
+        if mask is not None:
+            mask = (~mask if mask.dtype == torch.bool else mask)[:, None, None, :]
         out = attention(q, k, v, mask=mask).transpose(1, 2).flatten(2)
         return F.linear(out, self.out_proj.weight, self.out_proj.bias), None
 
@@ -256,7 +259,7 @@ def _pairs(module: nn.Module, foldable: set[nn.Module]) -> tuple[Pairs, list[str
     if _branches(kind.forward, kind, set()):
         return (), [*left, "its forward has branches, loops or effects, so that what follows a norm may change"]
     try:
-        graph = _Tracer().trace(module)
+        graph = _traced(module)
     except Exception as error:  # whatever a forward does to what is no tensor
         return (), [*left, f"its forward cannot be traced, so that what follows a norm is not known ({error})"]
     pairs, more = _pairs_in(graph, module, foldable)
@@ -295,8 +298,20 @@ def _branches(function: Any, kind: type, seen: set[Any]) -> bool:
     return False
 
 
+def _traced(module: nn.Module) -> fx.Graph:
+    """What a module's own forward does, found out without leaving a trace: in its lists, buffers and generators."""
+    twin = object.__new__(type(module))
+    containers = (list, dict, set, collections.deque)
+    twin.__dict__ = {k: copy.copy(v) if isinstance(v, containers) else v for k, v in vars(module).items()}
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        return _Tracer().trace(twin)
+
+
 class _Tracer(fx.Tracer):
     """Follows a module's own forward and no further."""
+
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True

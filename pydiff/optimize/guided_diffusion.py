@@ -26,7 +26,7 @@ from pydiff.ops.residual import residual_add
 from pydiff.ops.upsample import upsample_conv2d
 from pydiff.optimize import parts, probe
 from pydiff.optimize.hoisting import assign, gathered, own_columns
-from pydiff.optimize.parts import convolution, is_plain, plain_weight, pointwise, unhooked
+from pydiff.optimize.parts import convolution, is_nhwc, is_plain, plain_weight, pointwise, unhooked
 from pydiff.optimize.swap import Fused, Rule, fused_class, ready
 
 
@@ -239,7 +239,8 @@ class HoistableGuidedUNet(FusedGuidedUNet):
 def joined(module: Any, h: Tensor, skip: Tensor, emb: Tensor) -> Tensor:
     """An output block on [h; skip], whose concatenation is made only for a block that wants it."""
     layers = _layers(module)
-    if layers is None or not isinstance(layers[0], FusedGuidedResBlock) or not unhooked(layers[0]):
+    fused = layers is not None and isinstance(layers[0], FusedGuidedResBlock) and unhooked(layers[0])
+    if layers is None or not fused or not is_nhwc(h) or not is_nhwc(skip):
         return module(torch.cat([h, skip], dim=1), emb)
     h = layers[0](h, emb, skip=skip)
     for layer in layers[1:]:
@@ -270,17 +271,28 @@ def _refuse_unet(model: Any) -> str | None:
     return None if _is_norm_act_conv(model.out, False) else "its last layers are not GroupNorm, SiLU and a convolution"
 
 
-def _prepare_unet(model: Any) -> None:
+def _prepare_unet(model: Any) -> str | None:
     original = type(model)._original
     object.__setattr__(model, "_pydiff_waves", original.forward.__globals__["timestep_embedding"])
+
+    def inputs(size: int) -> tuple[Any, ...]:
+        first = next(model.input_blocks[0].parameters())
+        x = torch.randn(2, first.shape[1], size, size, device=first.device)
+        y = None if model.num_classes is None else torch.zeros(2, dtype=torch.int64, device=first.device)
+        return x, torch.tensor([7.0, 500.0], device=first.device), y
+
+    reason = probe.root_differs(model, inputs)
+    if reason:
+        return reason
     told = [m for m in model.modules() if _takes_embedding(m) and not isinstance(m, nn.Sequential)]
     if not all(isinstance(m, FusedGuidedResBlock) for m in told):
-        return  # a block that was left as it is needs the embedding itself
+        return None  # a block that was left as it is needs the embedding itself
     blocks: list[Any] = list(told)
     widths = [2 * _width(b) if b.use_scale_shift_norm else _width(b) for b in blocks]
     total = assign("_pydiff_time", blocks, widths, (model.time_embed[2].out_features,))
     object.__setattr__(model, "_pydiff_time_blocks", (blocks, total))
     model.__class__ = fused_class(HoistableGuidedUNet, original)
+    return None
 
 
 def _width(block: Any) -> int:

@@ -11,13 +11,14 @@ Contract: exact in float32 up to the rounding of matrix products of another shap
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from pydiff.optimize.swap import not_ready
+from pydiff.optimize.parts import unhooked
+from pydiff.optimize.swap import is_fused, not_ready
 
 
 class Slot(NamedTuple):
@@ -28,7 +29,7 @@ class Slot(NamedTuple):
     total: int
 
 
-def assign(name: str, blocks: Sequence[nn.Module], widths: Sequence[int], taken: Sequence[int]) -> int:
+def assign(name: str, blocks: Sequence[nn.Module], widths: Sequence[int], taken: Collection[int]) -> int:
     """Give each block a slot, kept as its attribute `name`. `taken`: widths that mean something else to the blocks."""
     total = sum(widths)
     while total in taken:
@@ -97,8 +98,11 @@ class HoistedModel:
         _check(model, times, cond)
         self.model, self.cond = model, model.hoist_condition(cond)
         entering = model.embedding_condition(cond)
+        if not all(isinstance(v, Tensor) for v in entering.values()):
+            raise CannotHoist(f"not all of {', '.join(entering)} are tensors")
         stages = times.shape[0]
         self.rows = batch if entering else 1
+        _check_size(model, (stages + 1) * self.rows)
         # One more row than stages: rows of the batch that have finished stand there, and no index needs a clamp.
         padded = torch.cat([times, times.narrow(0, stages - 1, 1)])
         repeated = {k: v.expand(batch, *v.shape[1:]).repeat(stages + 1, *([1] * (v.ndim - 1)))
@@ -121,9 +125,17 @@ class HoistedModel:
         return rows if rows.shape[0] == batch else rows.repeat(batch // rows.shape[0], 1)
 
 
+# What a model knows of its hoisted blocks, and where each of these keeps its slot.
+_TABLES = {"_pydiff_time_blocks": "_pydiff_time", "_pydiff_context_blocks": "_pydiff_context",
+           "_pydiff_modulations": "_pydiff_modulation"}
+_LARGEST_TABLE = 2**31  # bytes
+_PROTOCOL = ("hoist_times", "hoist_condition", "embedding_condition", "hoisted_forward")
+
+
 def can_hoist(model: Any) -> bool:
     """Whether `optimize` has made a model's embeddings such as can be computed before the loop."""
-    return isinstance(model, nn.Module) and isinstance(model, Hoistable)
+    # Asked of its class: torch.compile's wrapper and others have what their model has, and would be passed by.
+    return isinstance(model, nn.Module) and all(hasattr(type(model), name) for name in _PROTOCOL)
 
 
 def _check(model: Any, times: Tensor, cond: Mapping[str, Any]) -> None:
@@ -132,10 +144,35 @@ def _check(model: Any, times: Tensor, cond: Mapping[str, Any]) -> None:
     reason = not_ready(model, times)
     if reason:
         raise CannotHoist(reason)
+    if not unhooked(model):
+        raise CannotHoist("it has hooks, a forward of its own or is compiled, which hoisting would pass by")
+    if any(module.training for module in model.modules() if is_fused(module)):
+        raise CannotHoist("a part of it is in training mode (call model.eval())")
+    if not _has_its_blocks(model):
+        raise CannotHoist("a block of it was exchanged since it was optimised: restore and optimize it again")
     others = sorted(k for k, v in cond.items() if given(v) and k not in (*model.hoisted_arguments, "return_dict"))
     if others:
         known = ", ".join(model.hoisted_arguments) or "nothing"
         raise CannotHoist(f"a hoisted {type(model).__name__} takes {known}, and not {', '.join(others)}")
+
+
+def _has_its_blocks(model: nn.Module) -> bool:
+    """Whether the blocks that take columns are those whose projections the columns hold."""
+    for table, slot in _TABLES.items():
+        if table in vars(model):
+            here = {id(module) for module in model.modules() if slot in vars(module) and module is not model}
+            if here != set(map(id, vars(model)[table][0])):
+                return False
+    return True
+
+
+def _check_size(model: Any, rows: int) -> None:
+    """Refuse a table that would not be worth its memory: of many rows, each with a condition and times of its own."""
+    parameter = next(model.parameters(), None)
+    width = max((kept[1] for name, kept in vars(model).items() if name in _TABLES), default=0)
+    size = rows * width * (4 if parameter is None else parameter.element_size())
+    if size > _LARGEST_TABLE:
+        raise CannotHoist(f"its table would take {size / 2**30:.1f} GiB, one row for each row of the batch and stage")
 
 
 def given(argument: Any) -> bool:

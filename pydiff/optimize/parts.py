@@ -17,7 +17,8 @@ ACTIVATIONS: dict[type[nn.Module], str] = {nn.SiLU: "silu"}
 
 def unhooked(module: nn.Module) -> bool:
     """Whether calling a module is calling its forward and no more."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+                or module._compiled_call_impl is not None)
 
 
 def is_plain(module: Any, cls: type[nn.Module]) -> bool:
@@ -112,6 +113,8 @@ def packed(owner: nn.Module, layers: list[Any]) -> tuple[Tensor, Tensor | None] 
     """
     if torch.compiler.is_compiling() or not all(is_plain(layer, nn.Linear) for layer in layers):
         return None
+    if not all(_packable(p) for layer in layers for p in (layer.weight, layer.bias)):
+        return None
     first = layers[0]
     if any((x.bias is None) != (first.bias is None) or x.weight.dtype != first.weight.dtype
            or x.weight.device != first.weight.device for x in layers):
@@ -120,6 +123,11 @@ def packed(owner: nn.Module, layers: list[Any]) -> tuple[Tensor, Tensor | None] 
     if first.bias is None:
         return weight, None
     return weight, _packed_parameter(owner, "_pydiff_packed_bias", [layer.bias for layer in layers])
+
+
+def _packable(parameter: Tensor | None) -> bool:
+    """False for a tensor that stands in for a parameter (functional_call), and for a layout that would be lost."""
+    return parameter is None or (isinstance(parameter, nn.Parameter) and parameter.is_contiguous())
 
 
 def _packed_parameter(owner: nn.Module, name: str, parameters: list[Tensor]) -> Tensor:

@@ -6,8 +6,10 @@ with random weights (fresh models are full of zeros, which hide differences), is
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Hashable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -26,12 +28,14 @@ def differs(module: nn.Module, mixin: type[Fused], inputs: Inputs,
 
     Args:
         inputs: makes small inputs from a generator.
-        variant: what distinguishes this instance from others of its class beyond its widths; asked once for each.
+        variant: what distinguishes this instance from others of its class beyond its widths and the bools, floats and
+            strings among its attributes; asked once for each.
         prepare: the rule's, run on the copy.
     """
     if any(b.is_meta for b in module.buffers()):
         return "its buffers are on the meta device: load them first"
-    key = (mixin, variant, tuple((name, type(m)) for name, m in module.named_modules()))
+    own = tuple((name, value) for name, value in vars(module).items() if isinstance(value, (bool, float, str)))
+    key = (mixin, variant, own, tuple((name, type(m)) for name, m in module.named_modules()))
     if key not in _answers:
         try:
             _answers[key] = _compare(module, mixin, inputs, prepare)
@@ -55,6 +59,51 @@ def _compare(module: nn.Module, mixin: type[Fused], inputs: Inputs, prepare: Cal
     if not (got - expected).abs().max() <= TOLERANCE * expected.abs().max():
         return "it computes something else than the class known by its name"
     return None
+
+
+ROOT_TOLERANCE = 0.03  # of the largest output, in whatever precision the model has
+SIZES = (8, 16, 32, 64)
+
+
+@torch.no_grad()
+def root_differs(model: Any, inputs: Callable[[int], tuple[Any, ...]]) -> str | None:
+    """Why a whole model, its blocks fused already, is not what its fused class takes it for, or None.
+
+    It is called both ways as it is, with its own weights, on the smallest image that it takes: a twin of a large model
+    would take too long. Nothing is called where the weights are on the meta device.
+
+    Args:
+        inputs: the positional arguments for images of a size, made on the model's device.
+    """
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        return None
+    with _quiet(model), torch.random.fork_rng():
+        for size in SIZES:
+            arguments = inputs(size)
+            try:
+                expected = model._original.forward(model, *arguments)
+            except Exception:  # too small, for one thing
+                continue
+            got = type(model).forward(model, *arguments)
+            if got.shape == expected.shape and got.dtype == expected.dtype:
+                if (got - expected).abs().max() <= ROOT_TOLERANCE * expected.abs().max():
+                    return None
+            return "its forward computes something else than that of the class known by its name"
+    return f"it could not be tried on images of {SIZES[0]} to {SIZES[-1]} pixels"
+
+
+@contextlib.contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Out of training mode and without hooks, for a while."""
+    before = [(m, m.training, m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
+    try:
+        for module, *_ in before:
+            module.training = False
+            module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+        yield
+    finally:
+        for module, training, hooks, pre_hooks in before:
+            module.training, module._forward_hooks, module._forward_pre_hooks = training, hooks, pre_hooks
 
 
 def random_twin(module: nn.Module, generator: torch.Generator) -> nn.Module:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+PACKED = "_pydiff_packed"  # how the names of packed weights begin
+
 
 class Fused(nn.Module):
     """Base of the mixins. A mixin's `forward` calls ``super().forward`` wherever it cannot do better."""
@@ -22,7 +24,16 @@ class Fused(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so that pickle and copy must be told how to make it again.
-        return _rebuild, (self._original, _mixin(type(self))), self.__getstate__()
+        return _rebuild, (self._original, _mixin(type(self))), object.__reduce_ex__(self, max(protocol, 2))[2]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not that of the model's own class, which may register its subclasses."""
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        for name in vars(self):
+            if name.startswith(PACKED):
+                object.__setattr__(self, name, None)  # weights that move to another device leave nothing behind
+        return super()._apply(*args, **kwargs)
 
 
 _classes: dict[tuple[type, type], Any] = {}
@@ -56,8 +67,8 @@ class Rule(NamedTuple):
     """What is done, for the report."""
     refuse: Callable[[Any], str | None] = lambda module: None
     """Why this instance cannot be done, or None."""
-    prepare: Callable[[Any], None] = lambda module: None
-    """Run when every module of the model has been swapped."""
+    prepare: Callable[[Any], str | None] = lambda module: None
+    """Run when every module of the model has been swapped; a reason it returns undoes this swap."""
     contract: str = "close"
     option: str = ""
     """The keyword of `optimize` that asks for it, of what is done on request alone."""
@@ -85,13 +96,17 @@ def swap_in(module: nn.Module, rule: Rule) -> None:
 def swap_back(module: Fused) -> None:
     """The class the module had, without what the fused forward kept on the instance."""
     kept = [name for name in vars(module) if name.startswith("_pydiff_")]
-    if any(name.startswith("_pydiff_packed") for name in kept):
+    if any(name.startswith(PACKED) for name in kept):
         for parameter in module.parameters():  # out of the storage it shared with its neighbours
             if parameter.untyped_storage().nbytes() > parameter.numel() * parameter.element_size():
                 parameter.data = parameter.data.clone()
     for name in kept:
         delattr(module, name)
-    module.__class__ = module._original  # type: ignore[assignment]
+    cls: Any = type(module)
+    if "_original" in vars(cls):
+        module.__class__ = cls._original
+    else:  # a class made on top of the fused one since: torch.nn.utils.parametrize
+        cls.__bases__ = (cls._original,)
 
 
 def ready(module: nn.Module, x: torch.Tensor) -> bool:
@@ -111,6 +126,9 @@ def not_ready(module: nn.Module, x: torch.Tensor) -> str:
         return "it is in training mode (call model.eval())"
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
         return "gradients are required (call it under torch.no_grad())"
+    if not torch.compiler.is_compiling() and (torch._C._functorch.peek_interpreter_stack() is not None
+                                              or torch.autograd.forward_ad._current_level >= 0):
+        return "a transform of torch.func or forward-mode differentiation is running"
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         return "autocast is on (convert the model with .to(torch.bfloat16) instead)"
     return ""

@@ -34,10 +34,11 @@ def affine(channels: int) -> tuple[Tensor, Tensor]:
 
 def norm_case(n: int, c: int, hw: int, layout: Callable[[Tensor], Tensor] = nhwc, **options: Any) -> Arguments:
     given = {"add": lambda: randn(n, c), "x2": lambda: layout(randn(n, c, hw, hw)),
+             "residual": lambda: layout(randn(n, c, hw, hw)),
              "scale": lambda: randn(n, c, scale=0.1), "shift": lambda: randn(n, c)}
     made = {k: given[k]() if v is True else v for k, v in options.items()}
     total = 2 * c if options.get("x2") else c
-    return (layout(randn(n, c, hw, hw, mean=options.pop("mean", 0.0))), 32, *affine(total), 1e-5), made
+    return (layout(randn(n, c, hw, hw)), 32, *affine(total), 1e-5), made
 
 
 def heads(b: int, h: int, lq: int, lk: int, d: int) -> Arguments:
@@ -52,6 +53,7 @@ CASES: dict[str, tuple[Any, str, Callable[[], Arguments]]] = {
     "norm 2x960x32": (group_norm, "group_norm", lambda: norm_case(2, 960, 32, activation="silu", x2=True)),
     "norm 2560x16 scale": (group_norm, "group_norm",
                            lambda: norm_case(2, 2560, 16, activation="silu", scale=True, shift=True)),
+    "norm 640x32 residual": (group_norm, "group_norm", lambda: norm_case(2, 640, 32, residual=True)),
     "norm 128x512": (group_norm, "group_norm", lambda: norm_case(1, 128, 512, activation="silu")),
     "norm 512x128 NCHW": (group_norm, "group_norm", lambda: norm_case(1, 512, 128, torch.Tensor.contiguous)),
     "attention 40": (attention, "attention", lambda: heads(2, 8, 4096, 4096, 40)),
@@ -74,6 +76,8 @@ CASES: dict[str, tuple[Any, str, Callable[[], Arguments]]] = {
     "residual_add": (residual, "residual_add", lambda: (
         (nhwc(randn(2, 320, 64, 64)), nhwc(randn(2, 320, 64, 64))), {"bias": randn(320), "scale": 0.5})),
     "rms_norm": (rms_norm, "rms_norm", lambda: ((randn(2, 4096, 24, 128), randn(128), 1e-6), {})),
+    "qk_norm_rotary": (rms_norm, "qk_norm_rotary", lambda: (
+        (*randn(2, 1024, 2, 24, 64).unbind(2), randn(64), randn(64), randn(1024, 64), randn(1024, 64)), {})),
     "upsample": (upsample, "upsample_conv2d", lambda: (
         (nhwc(randn(2, 640, 32, 32)), nhwc(randn(640, 640, 3, 3, scale=0.013)), randn(640)), {})),
 }

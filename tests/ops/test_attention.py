@@ -275,3 +275,9 @@ def test_what_an_architecture_selects_compiles_for_it_without_spilling(arch):
 @pytest.mark.parametrize("lq, lk", [(129, 77), (127, 509), (131, 128)])
 def test_longer_sequences(dtype, d, lq, lk):
     check(*projections(2, 2, lq, lk, d, dtype))
+
+
+def test_autocast_converts_what_differs_in_dtype():
+    q, k = make(1, 2, 5, 8), make(1, 2, 7, 8, dtype=torch.bfloat16)
+    with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad():
+        assert attention(q, k, k).dtype == torch.bfloat16

@@ -78,11 +78,25 @@ def test_every_kind_of_call_is_measured_for_itself(change):
     assert bench.chooser.run(call(**change)) == "math" and bench.chooser.run(call()) == "triton"
 
 
-def test_layouts_are_told_apart_but_not_every_stride():
+def test_a_choice_holds_for_the_strides_that_it_was_made_for():
     dense = call(lq=4, lk=4)
     rows = Call(*(t.transpose(1, 2).contiguous().transpose(1, 2) for t in dense[:3]))
-    padded = Call(*(torch.zeros(1, 4, 5, 8).transpose(1, 2)[:, :2] for _ in range(3)))
-    assert dense.key() != rows.key() == padded.key()
+    odd = Call(*(torch.zeros(1, 4, 2 * 8 + 1)[..., :16].unflatten(2, (2, 8)).transpose(1, 2) for _ in range(3)))
+    assert len({dense.key(), rows.key(), odd.key(), dense._replace(scale=-1.0).key()}) == 4
+    one = dense.q.as_strided(dense.q.shape, (3, *dense.q.stride()[1:]))  # the stride of a batch of 1 says nothing
+    assert dense._replace(q=one).key() == dense.key()
+    accepts = backends.chooser.backends["efficient"].accepts
+    assert accepts(dense)[0] and not accepts(Call(*(t.transpose(2, 3) for t in dense[:3])))[0]
+    assert not accepts(call(d=6))[0]
+
+
+def test_what_is_not_measured_runs_the_next_when_pytorch_refuses():
+    bench = Bench(cudnn=RuntimeError("No available kernel"), triton=1.0)
+    bench.capturing = True
+    assert bench.chooser.run(call()) == "triton" == bench.chooser.run_unmeasured(call())
+    alone = Bench(cudnn=RuntimeError("No available kernel"))
+    with pytest.raises(RuntimeError, match="No available"):
+        alone.chooser.run_unmeasured(call())
 
 
 def test_nothing_is_measured_while_a_graph_is_captured():

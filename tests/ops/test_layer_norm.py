@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pydiff.ops import layer_norm as op
 from pydiff.ops.layer_norm import layer_norm, layer_norm_kernel, layer_norm_reference
-from tests.ops.interpreted import DTYPES, Operators, compare, make
+from tests.ops.interpreted import DEVICE, DTYPES, Operators, compare, make
 
 pytest.importorskip("triton")
 
@@ -102,14 +102,14 @@ def test_it_is_diffusers_adaptive_norms():
     normalization = pytest.importorskip("diffusers.models.normalization")
     x, emb = make(2, 3, 64), make(2, 64, seed=1)
     with torch.no_grad():
-        zero = normalization.AdaLayerNormZero(64)
+        zero = normalization.AdaLayerNormZero(64).to(DEVICE)
         expected, *_ = zero(x, emb=emb)
         shift, scale, *_ = zero.linear(zero.silu(emb)).chunk(6, dim=1)
-        continuous = normalization.AdaLayerNormContinuous(64, 64, eps=1e-6)
+        continuous = normalization.AdaLayerNormContinuous(64, 64, eps=1e-6).to(DEVICE)
         expected_too = continuous(x, emb)
         scale_too, shift_too = continuous.linear(continuous.silu(emb)).chunk(2, dim=1)
         norm = continuous.norm
-        fp32 = normalization.FP32LayerNorm(64)
+        fp32 = normalization.FP32LayerNorm(64).to(DEVICE)
         half = x.bfloat16()
         for function in (layer_norm, layer_norm_kernel):
             torch.testing.assert_close(function(x, eps=1e-6, scale=scale, shift=shift), expected)

@@ -161,3 +161,10 @@ def test_on_a_device() -> None:
     with torch.cuda.graph(graph):
         assert best.choose("unseen", {"first": nothing, "second": nothing}) == "first"
     assert list(best.choices()) == ["k"]
+
+
+def test_what_is_known_is_told_without_measuring() -> None:
+    choice = Measured(timer=lambda run: run(), may_measure=lambda: True)
+    assert choice.known(("a", 1)) is None
+    choice.choose(("a", 1), {"slow": lambda: 2.0, "fast": lambda: 1.0}, torch.device("cpu"))
+    assert choice.known(("a", 1)) == "fast" and choice.known(("b",)) is None

@@ -17,7 +17,7 @@ from pydiff.ops.rms_norm import (
     rms_norm_kernel,
     rms_norm_reference,
 )
-from tests.ops.interpreted import DTYPES, Operators, assert_close, compare, make
+from tests.ops.interpreted import DEVICE, DTYPES, Operators, assert_close, compare, make
 
 pytest.importorskip("triton")
 
@@ -39,7 +39,7 @@ def fused(batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtype = to
 def rotation(tokens: int, dim: int, interleaved: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [tokens, dim] as diffusers makes them."""
     angles = torch.outer(torch.arange(tokens).float(), 100 ** -(torch.arange(0, dim, 2) / dim))
-    tables = (angles.cos(), angles.sin())
+    tables = (angles.cos().to(DEVICE), angles.sin().to(DEVICE))
     if interleaved:
         return tuple(t.repeat_interleave(2, 1) for t in tables)
     return tuple(torch.cat([t, t], 1) for t in tables)
@@ -51,7 +51,7 @@ def test_norm(shape, dtype):
     check_norm(make(*shape, dtype=dtype), make(shape[-1], dtype=dtype, seed=1))
     check_norm(make(*shape, dtype=dtype, mean=1000.0), None, 1e-5)
     check_norm(1e-4 * make(*shape, dtype=dtype), make(shape[-1], seed=1), 1e-6)
-    check_norm(torch.zeros(shape, dtype=dtype), make(shape[-1], dtype=dtype))
+    check_norm(torch.zeros(shape, dtype=dtype, device=DEVICE), make(shape[-1], dtype=dtype))
 
 
 def test_rows_in_a_program_and_inputs_that_are_not_contiguous(monkeypatch):
@@ -128,8 +128,8 @@ def test_it_is_diffusers_norm_and_rotation(interleaved, dtype):
     normalization = pytest.importorskip("diffusers.models.normalization")
     q, k = fused(2, 5, 3, 64, dtype)
     options = {"repeat_interleave_real": True} if interleaved else {"repeat_interleave_real": False}
-    cos, sin = embeddings.get_1d_rotary_pos_embed(64, torch.arange(5), use_real=True, **options)
-    norm = normalization.RMSNorm(64, eps=1e-6).to(dtype)
+    cos, sin = embeddings.get_1d_rotary_pos_embed(64, torch.arange(5, device=DEVICE), use_real=True, **options)
+    norm = normalization.RMSNorm(64, eps=1e-6).to(DEVICE, dtype)
     norm.weight.data.copy_(make(64, seed=1))
     unbind = -1 if interleaved else -2
     expected = [
@@ -142,7 +142,8 @@ def test_it_is_diffusers_norm_and_rotation(interleaved, dtype):
             for results in zip(function(*arguments, interleaved=interleaved), exact, expected):
                 assert_close(*results)
         assert_close(rms_norm_kernel(q, norm.weight), rms_norm(q.double(), norm.weight.double()), norm(q))
-        assert torch.equal(rms_norm(q, norm.weight), norm(q))
+        if DEVICE == "cpu":
+            assert torch.equal(rms_norm(q, norm.weight), norm(q))
 
 
 def test_bad_input():

@@ -116,7 +116,7 @@ def test_a_block_that_is_left_prevents_hoisting() -> None:
 
 
 def test_norms_read_two_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = pydiff.optimize(checks.seeded(make))
+    model = pydiff.optimize(checks.seeded(make), memory_format=torch.channels_last)
     seen: list[int] = []
     group_norm = bundled.group_norm
 

@@ -215,7 +215,7 @@ def test_persistent_classes_pickle_as_they_did() -> None:
 
 
 def test_norms_read_two_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = pydiff.optimize(checks.seeded(MODELS["adm"]))
+    model = pydiff.optimize(checks.seeded(MODELS["adm"]), memory_format=torch.channels_last)
     pairs: list[bool] = []
     norm_act = edm.norm_act
 

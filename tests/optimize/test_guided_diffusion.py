@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import pytest
@@ -189,7 +190,7 @@ def test_labels_must_fit() -> None:
 
 def test_norms_read_two_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """The up path hands its blocks [h; skip] as two tensors, unless a hook wants to see one."""
-    model = pydiff.optimize(checks.seeded(make("adm")))
+    model = pydiff.optimize(checks.seeded(make("adm")), memory_format=torch.channels_last)
     pairs: list[bool] = []
     norm_act = guided_diffusion.norm_act
 
@@ -204,3 +205,25 @@ def test_norms_read_two_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     model.output_blocks[0][0].register_forward_hook(lambda *args: None)
     assert checks.relative(call("adm", model), expected) < 1e-5
     assert sum(pairs) == len(model.output_blocks) - 1
+
+
+def test_a_fork_with_another_forward_keeps_it() -> None:
+    """A class of the known name and layers, whose forward does something more, is left; its blocks are fused."""
+
+    def other(self: Any, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        return UNetModel.forward(self, 2 * x - 1, timesteps, y)
+
+    forward = types.FunctionType(other.__code__, vars(models_guided_diffusion), "forward", (None,))
+    fork = type("UNetModel", (UNetModel,), {"forward": forward})
+
+    def forked() -> nn.Module:
+        model = make("adm")()
+        model.__class__ = fork
+        return model
+
+    plain = checks.seeded(forked)
+    model, report = pydiff.optimize(checks.seeded(forked), report=True)
+    assert type(model) is fork and "ResBlock" in {entry.cls for entry in report.replaced}
+    (left,) = [entry for entry in report.left if entry.cls == "UNetModel"]
+    assert "forward computes something else" in left.what
+    assert checks.relative(call("adm", model), call("adm", plain)) < 2e-5
