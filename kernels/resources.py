@@ -3,9 +3,8 @@
     python -m pydiff.kernels.resources [--arch 80 90 100] [--kernel group_norm ...] [--out table.json]
 
 Prints, for each case and architecture: registers of a thread, shared memory of a block, stack and local memory (bytes;
-both are zero where nothing spills), and the theoretical occupancy. Exits with 1 if a case spills, does
-not fit or does not compile.
-Needs triton and no torch.
+both are zero where nothing spills), and the theoretical occupancy. Exits with 1 if a case spills, does not fit or does
+not compile. Needs triton and no torch.
 """
 
 from __future__ import annotations
@@ -186,7 +185,17 @@ def table(rows: Iterable[Resources]) -> str:
 def to_json(rows: Sequence[Resources]) -> dict[str, Any]:
     import triton
 
-    return {"benchmark": "kernel_resources", "triton": triton.__version__, "rows": [asdict(r) for r in rows]}
+    return {"benchmark": "kernel_resources", "triton": triton.__version__, "commit": _commit(),
+            "rows": [asdict(r) for r in rows]}
+
+
+def _commit() -> str | None:
+    """The commit of the kernels, with "+" where files differ from it; None where there is no git."""
+    words = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
