@@ -147,6 +147,11 @@ def _usage(cubin: bytes) -> tuple[int, int, int]:
     return registers, stack, local
 
 
+def _compile_kernels() -> None:
+    """In a process of its own, before triton is imported there: kernels are compiled, and not interpreted."""
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
 def _inspect_chunk(job: tuple[str, tuple[int, ...], int]) -> list[Resources]:
     name, indices, arch = job
     known = cases(name, arch)
@@ -162,7 +167,8 @@ def inspect_all(names: Iterable[str], architectures: Sequence[int], first: int |
             count = len(cases(name, arch)[:first])
             jobs += [(name, tuple(range(k, min(k + 4, count))), arch) for k in range(0, count, 4)]
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes or os.cpu_count(), mp_context=context) as pool:
+    workers = processes or os.cpu_count()
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_compile_kernels) as pool:
         return [row for rows in pool.map(_inspect_chunk, jobs) for row in rows]
 
 
@@ -205,8 +211,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, metavar="N", help="only the first N cases of each module")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON")
     arguments = parser.parse_args(argv)
-    if os.environ.pop("TRITON_INTERPRET", None):
-        print("TRITON_INTERPRET is ignored: kernels are compiled here", file=sys.stderr)
     known = modules()
     unknown = [name for name in arguments.kernel or () if name not in known]
     if unknown:

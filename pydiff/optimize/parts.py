@@ -23,14 +23,15 @@ def unhooked(module: nn.Module) -> bool:
 
 def is_plain(module: Any, cls: type[nn.Module]) -> bool:
     """Whether a module is exactly the torch layer `cls`, unhooked, with floating-point weights of torch's own kind."""
-    weight: Any = getattr(module, "weight", None)
-    return type(module) is cls and unhooked(module) and plain_weight(weight)
+    return type(module) is cls and unhooked(module) and plain_weight(module._parameters.get("weight"))
 
 
 def plain_weight(weight: Tensor | None) -> bool:
     """False for a quantised or distributed tensor, which only its own operations understand."""
     if weight is None:
         return True
+    if type(weight) is nn.Parameter:  # the usual case, answered quickly
+        return weight.is_floating_point()
     ordinary = type(weight) in (nn.Parameter, Tensor) or not hasattr(weight, "__tensor_flatten__")
     return ordinary and weight.is_floating_point() and not weight.is_quantized
 

@@ -84,6 +84,7 @@ def test_the_exit_code_tells_of_spills_and_errors(monkeypatch, capsys):
     for rows, code, said in (
         ([good], 0, ""),
         ([good, Resources("k", "wide", 90, 4, 255, 0, 8, 0, 2, 0.1)], 1, "sm_90 k wide: spills"),
+        ([good, Resources("k", "big", 90, 4, 32, 300_000)], 1, "sm_90 k big: does not fit"),
         ([good, Resources("k", "odd", 80, 4, error="ValueError: no")], 1, "sm_80 k odd: ValueError: no"),
     ):
         monkeypatch.setattr(resources, "inspect_all", lambda *a, rows=rows: rows)
