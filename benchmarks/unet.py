@@ -85,9 +85,9 @@ def optimized_hoisted(model: nn.Module, inputs: Inputs) -> Call:
 
 def hoisted_call(model: Any, inputs: Inputs) -> Call:
     """A call as it is inside of a sampling loop, after the time and the condition have been dealt with."""
-    from pydiff.optimize.hoisting import HoistedModel, can_hoist
+    from pydiff.optimize.hoisting import Hoistable, HoistedModel
 
-    if not can_hoist(model):
+    if not isinstance(model, Hoistable):
         raise TypeError(f"nothing is hoisted out of {type(model).__name__}")
     cond = {k: v for k, v in inputs.items() if k not in ("sample", "x", "timestep", "t", "return_dict")}
     x, t = inputs.get("sample", inputs.get("x")), inputs.get("timestep", inputs.get("t"))

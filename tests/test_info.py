@@ -57,15 +57,15 @@ def test_a_triton_operation_says_why_it_is_not_used(monkeypatch):
     from pydiff.ops import triton_ops
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (9, 0))
-    triton_ops.capability.cache_clear()
+    monkeypatch.setattr(triton_ops, "capability", lambda device: (9, 0))
     assert info._triton_backend("group_norm") == "Triton"
-    monkeypatch.setenv("PYDIFF_DISABLE", "stage,group_norm")
+    monkeypatch.setattr(_native, "_disabled", frozenset({"stage", "group_norm"}))
     assert "PYDIFF_DISABLE" in info._triton_backend("group_norm")
     monkeypatch.setattr(triton_ops, "has_triton", lambda: False)
     assert "triton is not installed" in info._triton_backend("layer_norm")
-    monkeypatch.undo()
-    triton_ops.capability.cache_clear()
+    monkeypatch.setattr(triton_ops, "capability", lambda device: (7, 5))
+    monkeypatch.setattr(triton_ops, "has_triton", lambda: True)
+    assert "sm_75 is older" in info._triton_backend("layer_norm")
 
 
 def test_a_disabled_operation_says_so(monkeypatch):

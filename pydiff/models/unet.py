@@ -165,7 +165,10 @@ class UNet(nn.Module):
         Label 10 is the null label, unconditional; ``labels=None`` gives it to every row. The output has the dtype the
         parameters have. Labels and times are not checked: a check would wait for the device.
         """
-        embedding = self.embed(t, labels, x.shape[0])
+        return self.trunk(x, self.embed(t, labels, x.shape[0]))
+
+    def trunk(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """From the image, and the embedding that every block is told, to the prediction."""
         h = self.conv_in(x.to(self.conv_in.weight.dtype))
         skips: list[Tensor] = []
         for i, level in enumerate(self.down):
@@ -178,10 +181,18 @@ class UNet(nn.Module):
             h = block(h, embedding)
         for i in reversed(range(len(self.up))):
             for block in self.up[i].children():
-                h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+                h = self.joined(block, h, skips.pop(), embedding)
             if i > 0:
                 h = self.upsample[i - 1](h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.activated(h))
+
+    def joined(self, block: nn.Module, h: Tensor, skip: Tensor, embedding: Tensor) -> Tensor:
+        """A block on the way up, on [h; skip]."""
+        return block(torch.cat([h, skip], dim=1), embedding)
+
+    def activated(self, h: Tensor) -> Tensor:
+        """What the last convolution reads."""
+        return F.silu(self.norm_out(h))
 
     def embed(self, t: Tensor, labels: Tensor | None, batch: int) -> Tensor:
         """What every block is told: time and class in one vector, [batch, embedding_dim]. It does not depend on x."""

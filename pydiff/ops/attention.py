@@ -51,12 +51,6 @@ def attention_reference(
     return sequence_major(without_dead_rows(out, mask))
 
 
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability, (9, 0) where no device can be asked: fake tensors, the interpreter."""
-    asked = device.type == "cuda" and torch.cuda.is_available()
-    return triton_ops.capability(device.index or 0) if asked else (9, 0)
-
-
 def attention_kernel(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -71,7 +65,7 @@ def attention_kernel(
     (b, h, lq, d), lk = q.shape, k.shape[2]
     if config is None:
         units = triton_ops.multiprocessors(q.device)
-        config = kernels.select(b, h, lq, lk, d, q.element_size(), units, capability(q.device))
+        config = kernels.select(b, h, lq, lk, d, q.element_size(), units, triton_ops.capability(q.device))
     out = torch.empty((b, lq, h, d), dtype=q.dtype, device=q.device)
     # The kernel takes strides in units of 8 elements; those of dimensions of size 1 may be anything.
     strides = [0 if n == 1 else s // 8 for t in (q, k, v) for n, s in zip(t.shape[:3], t.stride()[:3])]

@@ -16,7 +16,7 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,12 +27,11 @@ from pydiff.ops import triton_ops
 from pydiff.ops.attention import (
     attention_kernel,
     can_use_attention,
-    capability,
     expanded_mask,
     sequence_major,
     without_dead_rows,
 )
-from pydiff.ops.measured import gpu_microseconds, on_device
+from pydiff.ops.measured import Choice, Measured
 
 HALF = (torch.bfloat16, torch.float16)
 _sdpa_flags = threading.RLock()  # PyTorch keeps the enabled backends in process-wide flags
@@ -66,14 +65,6 @@ class Backend(NamedTuple):
     accepts: Callable[[Call], triton_ops.Usable]
 
 
-class Choice(NamedTuple):
-    """The backend that won, what each took in microseconds, and why the others did not run."""
-
-    backend: str
-    microseconds: Mapping[str, float]
-    refused: Mapping[str, str]
-
-
 def likely(call: Call) -> tuple[str, ...]:
     """Backends in the order in which they are expected to be fastest; not measured on the device at hand.
 
@@ -84,54 +75,27 @@ def likely(call: Call) -> tuple[str, ...]:
         return "efficient", "triton", "math"
     if call.q.shape[3] not in (64, 128) or call.k.shape[2] <= 128:
         return "triton", "flash", "efficient", "math"
-    library = ("cudnn", "flash") if capability(call.q.device) >= (9, 0) else ("flash", "cudnn")
+    library = ("cudnn", "flash") if triton_ops.capability(call.q.device) >= (9, 0) else ("flash", "cudnn")
     return *(library if call.mask is None else ()), "triton", "efficient", "math"
 
 
 class Chooser:
-    """Measures, remembers (the `limit` latest keys) and runs; safe to call from several threads.
+    """Finds the fastest backend of a call (see `Measured`) and runs it.
 
     Args:
         backends: by name; "math", if there, is timed only where its scores are few or nothing else runs.
-        timer: microseconds that a function takes.
-        capturing: whether a CUDA graph is being captured, so that nothing may be measured.
+        measured: what measures and remembers.
         order: the names to try, best first, where nothing is remembered.
     """
 
-    def __init__(
-        self,
-        backends: Mapping[str, Backend],
-        timer: Callable[[Callable[[], Any]], float] = gpu_microseconds,
-        capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing,
-        order: Callable[[Call], tuple[str, ...]] = likely,
-        limit: int = 256,
-    ) -> None:
-        self.backends = backends
-        self._timer, self._capturing, self._order, self._limit = timer, capturing, order, limit
-        self._choices: dict[tuple[Any, ...], Choice] = {}
-        self._lock = threading.Lock()
-
-    def choices(self) -> dict[tuple[Any, ...], Choice]:
-        with self._lock:
-            return dict(self._choices)
-
-    def forget(self) -> None:
-        with self._lock:
-            self._choices.clear()
+    def __init__(self, backends: Mapping[str, Backend], measured: Measured | None = None,
+                 order: Callable[[Call], tuple[str, ...]] = likely) -> None:
+        self.backends, self.measured, self._order = backends, measured or Measured(), order
 
     def run(self, call: Call) -> torch.Tensor:
         """Compute `call` by the remembered backend; if there is none, measure, unless a graph is being captured."""
-        forced = self._forced(call)
-        if forced is not None:
-            return self.backends[forced].run(call)
-        key = call.key()
-        choice = self._choices.get(key)
-        if choice is None:
-            with on_device(call.q.device):
-                if not self._capturing():
-                    with self._lock:
-                        choice = self._choices.get(key) or self._measure(key, call)
-        return self.backends[choice.backend].run(call) if choice else self._run_expected(call)
+        name = self._forced(call) or self.measured.known(call.key()) or self._find(call)
+        return self._run_expected(call) if name is None else self.backends[name].run(call)
 
     def run_unmeasured(self, call: Call) -> torch.Tensor:
         """Compute `call`, which is being traced, by the remembered backend or the one that is likely best."""
@@ -147,8 +111,7 @@ class Chooser:
         if forced is not None:
             return forced
         symbolic = any(not isinstance(n, int) for t in call[:3] for n in (*t.shape, *t.stride()))
-        choice = None if symbolic else self._choices.get(call.key())
-        return choice.backend if choice else None
+        return None if symbolic else self.measured.known(call.key())
 
     def _expected(self, call: Call) -> list[str]:
         names = [name for name in self._order(call) if name in self.backends and self.backends[name].accepts(call)[0]]
@@ -172,26 +135,24 @@ class Chooser:
             warnings.warn(f"PYDIFF_ATTENTION={name} does not run {tuple(call.q.shape)}: {reason}", stacklevel=2)
         return name if accepted else None
 
-    def _measure(self, key: tuple[Any, ...], call: Call) -> Choice:
-        times: dict[str, float] = {}
-        refused: dict[str, str] = {}
+    def _find(self, call: Call) -> str | None:
+        few = call.q.shape[:3].numel() * call.k.shape[2] <= _MATH_SCORES
+        try:
+            return self._fastest(call, few)
+        except Exception as error:
+            if not few:
+                return self._fastest(call, True)
+            raise RuntimeError(f"no attention backend runs {tuple(call.q.shape)}, {call.q.dtype}: "
+                               f"{type(error).__name__}: {error}") from error
+
+    def _fastest(self, call: Call, math: bool) -> str | None:
+        candidates: dict[str, Any] = {}
         for name in sorted(self.backends, key=lambda name: name == "math"):
-            accepted, refused[name] = self.backends[name].accepts(call)
-            if name == "math" and times and call.q.shape[:3].numel() * call.k.shape[2] > _MATH_SCORES:
-                accepted, refused[name] = False, "its scores would fill too much memory"
-            if not accepted:
-                continue
-            try:
-                times[name] = self._timer(functools.partial(self.backends[name].run, call))
-                del refused[name]
-            except Exception as error:  # whatever a backend raises, another one can compute the call
-                refused[name] = f"{type(error).__name__}: {error}"
-        if not times:
-            raise RuntimeError(f"no attention backend runs {tuple(call.q.shape)}, {call.q.dtype}: {refused}")
-        while len(self._choices) >= self._limit:
-            del self._choices[next(iter(self._choices))]
-        self._choices[key] = Choice(min(times, key=times.__getitem__), times, refused)
-        return self._choices[key]
+            accepted, reason = self.backends[name].accepts(call)
+            if name == "math" and not math:
+                accepted, reason = False, "its scores would fill too much memory"
+            candidates[name] = functools.partial(self.backends[name].run, call) if accepted else reason
+        return self.measured.find(call.key(), candidates, call.q.device)
 
 
 def _library(backend: SDPBackend, accepts: Callable[[Call], triton_ops.Usable]) -> Backend:
@@ -257,6 +218,6 @@ def run_unmeasured(
     return chooser.run_unmeasured(Call(q, k, v, mask, scale))
 
 
-def attention_choices() -> dict[tuple[Any, ...], Choice]:
+def attention_choices() -> dict[Hashable, Choice]:
     """What has been measured: {`Call.key`: Choice}."""
-    return chooser.choices()
+    return chooser.measured.choices()

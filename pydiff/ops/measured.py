@@ -13,11 +13,12 @@ import statistics
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 Candidate = Callable[[], Any]
+Candidates = Mapping[str, Candidate | str]
 WARM_UP, REPETITIONS = 3, 7
 TIE = 0.98  # a later candidate has to take less than this share of the best time so far: near ties do not flicker
 
@@ -51,6 +52,14 @@ def may_measure() -> bool:
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
+class Choice(NamedTuple):
+    """The candidate that won, what each took in microseconds, and why the others did not run."""
+
+    name: str
+    microseconds: Mapping[str, float]
+    refused: Mapping[str, str]
+
+
 class Measured:
     """The fastest candidate for each key, measured when the key first appears and remembered.
 
@@ -72,58 +81,69 @@ class Measured:
         if capacity < 1:
             raise ValueError(f"capacity = {capacity}: give at least 1")
         self._capacity, self._timer, self._may_measure = capacity, timer, may_measure
-        self._choices: dict[Hashable, str] = {}
+        self._choices: dict[Hashable, Choice] = {}
         self._lock = threading.RLock()
 
-    def choose(self, key: Hashable, candidates: Mapping[str, Candidate], device: torch.device | None = None) -> str:
-        """Name of the fastest candidate for `key`; the first one, not remembered, where measuring is not allowed.
+    def choose(self, key: Hashable, candidates: Candidates, device: torch.device | None = None) -> str:
+        """`find`; the first candidate, not remembered, where measuring is not allowed."""
+        if not candidates:
+            raise ValueError("candidates is empty: give at least one")
+        return self.find(key, candidates, device) or next(iter(candidates))
+
+    def find(self, key: Hashable, candidates: Candidates, device: torch.device | None = None) -> str | None:
+        """Name of the fastest candidate for `key`; None where it is not known and measuring is not allowed.
 
         A candidate that raises cannot win; where every one does, the first one's error is raised.
 
         Args:
+            candidates: by name, those expected to be fast first; in place of one, the reason why it is not to be tried.
             device: where the candidates run; the current CUDA device by default.
         """
-        if not candidates:
-            raise ValueError("candidates is empty: give at least one")
-        name = self._choices.get(key)
-        if name is not None and name in candidates:
-            return name
+        choice = self._choices.get(key)
+        if choice is not None and choice.name in candidates:
+            return choice.name
         with on_device(device):
-            return self._measure(key, candidates) if self._may_measure() else next(iter(candidates))
+            return self._measure(key, candidates).name if self._may_measure() else None
 
     def known(self, key: tuple[Any, ...]) -> str | None:
-        """What `choose` remembers for `key`; None where it holds sizes that are being traced."""
-        return None if any(isinstance(part, torch.SymInt) for part in key) else self._choices.get(key)
+        """What is remembered for `key`; None where it holds sizes that are being traced."""
+        if any(isinstance(part, torch.SymInt) for part in key):
+            return None
+        choice = self._choices.get(key)
+        return choice.name if choice else None
 
-    def _measure(self, key: Hashable, candidates: Mapping[str, Candidate]) -> str:
+    def _measure(self, key: Hashable, candidates: Candidates) -> Choice:
         with self._lock:
-            name = self._choices.get(key)
-            if name is not None and name in candidates:
-                return name
-            name = self._fastest(candidates)
-            self._choices.pop(key, None)
-            while len(self._choices) >= self._capacity:
-                del self._choices[next(iter(self._choices))]
-            self._choices[key] = name
-            return name
+            choice = self._choices.get(key)
+            if choice is None or choice.name not in candidates:
+                choice = self._fastest(candidates)
+                self._choices.pop(key, None)
+                while len(self._choices) >= self._capacity:
+                    del self._choices[next(iter(self._choices))]
+                self._choices[key] = choice
+            return choice
 
-    def _fastest(self, candidates: Mapping[str, Candidate]) -> str:
-        best, least, error = "", float("inf"), None
+    def _fastest(self, candidates: Candidates) -> Choice:
+        best, error = "", None
+        times: dict[str, float] = {}
+        refused: dict[str, str] = {}
         for name, candidate in candidates.items():
-            try:
-                time = self._timer(candidate)
-            except Exception as raised:
-                error = error or raised
+            if isinstance(candidate, str):
+                refused[name] = candidate
                 continue
-            if not best or time < TIE * least:
-                best, least = name, time
+            try:
+                times[name] = self._timer(candidate)
+            except Exception as raised:  # whatever one candidate raises, another can do the same
+                error, refused[name] = error or raised, f"{type(raised).__name__}: {raised}"
+                continue
+            if not best or times[name] < TIE * times[best]:
+                best = name
         if not best:
-            assert error is not None
-            raise error
-        return best
+            raise error or ValueError(f"no candidate is to be tried: {refused}")
+        return Choice(best, times, refused)
 
-    def choices(self) -> dict[Hashable, str]:
-        """What has been measured: the fastest candidate's name for each key."""
+    def choices(self) -> dict[Hashable, Choice]:
+        """What has been measured, for each key."""
         with self._lock:
             return dict(self._choices)
 

@@ -25,11 +25,6 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Usable = tuple[bool, str]
 
 
-def disabled(op: str) -> bool:
-    """Whether the environment variable PYDIFF_DISABLE (names joined by commas) turns this kernel off."""
-    return op in os.environ.get("PYDIFF_DISABLE", "").split(",")
-
-
 @functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -40,12 +35,12 @@ def available(op: str, device: torch.device) -> Usable:
     """Whether Triton kernels run on `device`, and if not, why."""
     if device.type != "cuda":
         return False, f"Triton kernels run on CUDA devices, not on {device.type}"
-    if disabled(op):
-        return False, "PYDIFF_DISABLE turns it off"
+    if op in _native._disabled:
+        return False, f"PYDIFF_DISABLE names {op}"
     if not has_triton():
         return False, "triton is not installed (pip install triton)"
-    if torch.cuda.is_available() and capability(device.index or 0) < (8, 0):
-        return False, f"sm_{''.join(map(str, capability(device.index or 0)))} is older than sm_80"
+    if capability(device) < _native._OLDEST_CUDA:
+        return False, f"sm_{''.join(map(str, capability(device)))} is older than sm_80"
     return True, ""
 
 
@@ -75,18 +70,23 @@ def refused(op: str, x: torch.Tensor, reason: str) -> None:
 
 
 @functools.cache
-def capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def _properties(index: int) -> tuple[tuple[int, int], int]:
+    found = torch.cuda.get_device_properties(index)
+    return (found.major, found.minor), found.multi_processor_count
 
 
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _asked(device: torch.device) -> tuple[tuple[int, int], int]:
+    """What a CUDA device is; Hopper where there is none to ask: fake tensors, the interpreter."""
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return _properties(device.index or 0) if there else ((9, 0), 132)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    return _asked(device)[0]
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; 132 (Hopper) where there is none to ask: fake tensors, the interpreter."""
-    return _multiprocessors(device.index or 0) if device.type == "cuda" and torch.cuda.is_available() else 132
+    return _asked(device)[1]
 
 
 def traced(x: torch.Tensor) -> bool:

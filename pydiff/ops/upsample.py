@@ -21,11 +21,6 @@ from pydiff.ops.measured import Measured
 # Whether the folded way is the faster one, for each shape on each device.
 measured = Measured()
 
-# Where the folded way is the faster one on the CPU: from this size on it was measured, in float32 on one thread, at 1.4
-# to 2.3 times the chain's speed; with half the channels at 1.1 to 2.5 times, on smaller images at less than 1.
-CPU_PIXELS, CPU_CHANNELS = 1024, 128
-
-
 def upsample_conv2d_launches() -> int:
     """Kernels that one `upsample_conv2d` launches in the folded way: fold, convolve, interleave."""
     return 3
@@ -70,31 +65,6 @@ def upsample_conv2d_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Te
     return out.permute(0, 3, 1, 2) if last else out
 
 
-def fold_weight(weight: torch.Tensor) -> torch.Tensor:
-    """The taps [4O, C, 2, 2] of the four phases, phase (a, b) first, from weight [O, C, 3, 3], in its dtype."""
-    o, c = weight.shape[:2]
-    top, middle, bottom = weight.unbind(2)
-    folded = torch.empty((2, 2, o, c, 2, 2), dtype=weight.dtype, device=weight.device)
-    for a, rows in enumerate(((top, middle + bottom), (top + middle, bottom))):
-        for i, row in enumerate(rows):
-            left, centre, right = row.unbind(2)
-            for b, pair in enumerate(((left, centre + right), (left + centre, right))):
-                folded[a, b, :, :, i, 0], folded[a, b, :, :, i, 1] = pair
-    return folded.view(4 * o, c, 2, 2)
-
-
-def upsample_conv2d_folded(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The folded way in plain PyTorch, for float32 on the CPU: sums of taps round once, like any sum of the chain's."""
-    n, o, h, w = x.shape[0], weight.shape[0], *x.shape[2:]
-    y = F.conv2d(x, fold_weight(weight), None if bias is None else bias.repeat(4), padding=1)
-    layout = torch.channels_last if _channels_last(x, weight) else torch.contiguous_format
-    out = torch.empty((n, o, 2 * h, 2 * w), dtype=x.dtype, device=x.device, memory_format=layout)
-    for phase, part in enumerate(y.chunk(4, dim=1)):
-        a, b = divmod(phase, 2)
-        out[:, :, a::2, b::2] = part[:, :, a : a + h, b : b + w]
-    return out
-
-
 def _pays(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     from pydiff.kernels import upsample as kernels
 
@@ -115,15 +85,6 @@ def can_use_upsample_conv2d(
     return True, ""
 
 
-def _folded_on_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    if x.device.type != "cpu" or x.dtype != torch.float32 or triton_ops.disabled("upsample_conv2d"):
-        return False
-    if x.shape[0] * x.shape[2] * x.shape[3] < CPU_PIXELS or min(weight.shape[:2]) < CPU_CHANNELS:
-        return False
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    return not (grad or triton_ops.traced(x) or torch.is_autocast_enabled("cpu"))
-
-
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     if x.dim() != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}: give [N, C, H, W]")
@@ -142,11 +103,9 @@ def upsample_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     x [N, C, H, W] -> [N, O, 2H, 2W], in the layout that PyTorch's convolution would give. Close, as the module says.
     The weight is folded in every call, so that changes made in place count. On CUDA the folded way runs where it pays
     by the hardware's ceilings (`pydiff.kernels.upsample.pays`) and won the measurement that the first call with a new
-    shape makes; on the CPU, in float32 and above a measured size. Otherwise, and for gradients, PyTorch's chain.
+    shape makes. Otherwise, elsewhere and for gradients, PyTorch's chain.
     """
     _check(x, weight, bias)
-    if _folded_on_cpu(x, weight, bias):
-        return upsample_conv2d_folded(x, weight, bias)
     fast, reason = can_use_upsample_conv2d(x, weight, bias)
     if not fast:
         triton_ops.refused("upsample_conv2d", x, reason)

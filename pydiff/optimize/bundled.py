@@ -13,7 +13,7 @@ from pydiff.ops.attention import attention
 from pydiff.ops.group_norm import group_norm
 from pydiff.ops.residual import residual_add
 from pydiff.ops.upsample import upsample_conv2d
-from pydiff.optimize.hoisting import assign, gathered, own_columns
+from pydiff.optimize.hoisting import Hoistable, assign, gathered, own_columns
 from pydiff.optimize.parts import convolution, is_nhwc, is_plain, norm_act, pointwise, unhooked
 from pydiff.optimize.swap import Fused, Rule, fused_class, ready
 
@@ -63,32 +63,20 @@ class FusedUpsample(Fused):
 
 
 class FusedUNet(Fused):
-    def forward(self: Any, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        if not ready(self, x):
-            return super().forward(x, t, labels)
-        return self._trunk(x, self.embed(t, labels, x.shape[0]))
+    def joined(self: Any, block: Any, h: Tensor, skip: Tensor, embedding: Tensor) -> Tensor:
+        """A block on [h; skip], whose concatenation is made only where something wants it."""
+        first = block[0]
+        fused = unhooked(block) and isinstance(first, FusedResBlock) and unhooked(first)
+        if not fused or not is_nhwc(h) or not is_nhwc(skip):
+            return super().joined(block, h, skip, embedding)  # type: ignore[misc]
+        h = first(h, embedding, skip=skip)
+        return block[1](h) if len(block) > 1 else h
 
-    def _trunk(self: Any, x: Tensor, embedding: Tensor) -> Tensor:
-        """From the image and what the blocks are told to the prediction."""
-        h = self.conv_in(x.to(self.conv_in.weight.dtype))
-        skips: list[Tensor] = []
-        for i, level in enumerate(self.down):
-            for block in level.children():
-                h = block(h, embedding)
-                skips.append(h)
-            if i < len(self.downsample):
-                h = self.downsample[i](h)
-        for block in self.middle:
-            h = block(h, embedding)
-        for i in reversed(range(len(self.up))):
-            for block in self.up[i].children():
-                h = joined(block, h, skips.pop(), embedding)
-            if i > 0:
-                h = self.upsample[i - 1](h)
-        return self.conv_out(_norm_silu(self.norm_out, h))
+    def activated(self: Any, h: Tensor) -> Tensor:
+        return _norm_silu(self.norm_out, h) if ready(self, h) else super().activated(h)  # type: ignore[misc]
 
 
-class HoistableUNet(FusedUNet):
+class HoistableUNet(FusedUNet, Hoistable):
     hoisted_arguments = ("labels",)
 
     def hoist_times(self: Any, times: Tensor, cond: Mapping[str, Any]) -> Tensor:
@@ -96,24 +84,8 @@ class HoistableUNet(FusedUNet):
         embedding = self.embed(times, cond.get("labels"), times.shape[0])
         return gathered([b.embedding(embedding) for b in blocks], total)
 
-    def hoist_condition(self, cond: Mapping[str, Any]) -> dict[str, Any]:
-        return {}
-
-    def embedding_condition(self, cond: Mapping[str, Any]) -> dict[str, Any]:
-        return {} if cond.get("labels") is None else {"labels": cond["labels"]}
-
     def hoisted_forward(self: Any, x: Tensor, embedding: Tensor, cond: Mapping[str, Any]) -> Tensor:
-        return self._trunk(x, embedding)
-
-
-def joined(block: Any, x: Tensor, skip: Tensor, embedding: Tensor) -> Tensor:
-    """A block on [x; skip], whose concatenation is made only for a residual block that wants it."""
-    first = block[0]
-    fused = unhooked(block) and isinstance(first, FusedResBlock) and unhooked(first)
-    if not fused or not is_nhwc(x) or not is_nhwc(skip):
-        return block(torch.cat([x, skip], dim=1), embedding)
-    h = first(x, embedding, skip=skip)
-    return block[1](h) if len(block) > 1 else h
+        return self.trunk(x, embedding)
 
 
 def _prepare(model: Any) -> None:

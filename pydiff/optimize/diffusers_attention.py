@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ from pydiff.ops.geglu import linear_geglu
 from pydiff.ops.residual import residual_add
 from pydiff.optimize.diffusers_dit import ADAPTIVE
 from pydiff.optimize.hoisting import own_columns
-from pydiff.optimize.parts import is_plain, layer_norm_of, norm_act, packed, unhooked
+from pydiff.optimize.parts import is_nhwc, is_plain, layer_norm_of, norm_act, packed, unhooked
 from pydiff.optimize.swap import Fused, Rule, ready
 
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
@@ -32,17 +31,17 @@ class FusedAttention(Fused):
         extra = [name for name, value in kwargs.items() if value is not None and name != "temb"]
         if extra or refuse_attention(self) or not ready(self, hidden_states):
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        residual, shape = hidden_states, hidden_states.shape
+        residual = hidden_states
         if hidden_states.ndim == 4:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         if self.group_norm is not None:
             hidden_states = norm_act(self.group_norm, None, hidden_states.transpose(1, 2)).transpose(1, 2)
         out = self.to_out[1](self.to_out[0](self._attend(hidden_states, encoder_hidden_states, attention_mask)))
-        if len(shape) == 4:
-            out = out.transpose(1, 2).reshape(shape) if not _nhwc(residual) else _as_image(out, shape)
+        if residual.ndim == 4:
+            out = _as_image(out, residual)
         scale = 1.0 / self.rescale_output_factor
         if self.residual_connection:
-            return residual_add(out, residual, scale=scale, channel_dim=1 if len(shape) == 4 else -1)
+            return residual_add(out, residual, scale=scale, channel_dim=1 if residual.ndim == 4 else -1)
         return out if scale == 1.0 else out * scale
 
     def _attend(self: Any, tokens: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -51,7 +50,6 @@ class FusedAttention(Fused):
         batch, length = q.shape[0], k.shape[1]
         if mask is not None:
             mask = self.prepare_attention_mask(mask, length, batch).view(batch, self.heads, -1, length)
-        # "view" and not "reshape": columns of one wider matrix must stay where they are.
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         if self.norm_q is not None:
             q = self.norm_q(q)
@@ -79,13 +77,10 @@ class FusedAttention(Fused):
         return self.to_k(context), self.to_v(context)
 
 
-def _nhwc(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _as_image(tokens: Tensor, shape: torch.Size) -> Tensor:
-    """Tokens [B, HW, C] as a channels-last image of `shape`, without a copy."""
-    return tokens.unflatten(1, (shape[2], shape[3])).permute(0, 3, 1, 2)
+def _as_image(tokens: Tensor, like: Tensor) -> Tensor:
+    """Tokens [B, HW, C] as an image of the shape and layout of `like`: a view, where that is channels-last."""
+    image = tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+    return image if is_nhwc(like) else image.contiguous()
 
 
 def refuse_attention(attn: Any) -> str | None:
@@ -162,14 +157,13 @@ class FusedTransformer2DModel(Fused):
         simple = not any(value is not None for value in (*args, *kwargs.values()))
         if not simple or not ready(self, hidden_states) or not self._plain():
             return super().forward(hidden_states, encoder_hidden_states, *args, return_dict=return_dict, **kwargs)
-        residual, shape = hidden_states, hidden_states.shape
+        residual = hidden_states
         tokens = norm_act(self.norm, None, hidden_states).flatten(2).transpose(1, 2)
         tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
         for block in self.transformer_blocks:
             tokens = block(tokens, encoder_hidden_states=encoder_hidden_states)
         tokens = F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias)
-        image = tokens.transpose(1, 2).unflatten(2, shape[2:])
-        output = residual_add(image if _nhwc(residual) else image.contiguous(), residual)
+        output = residual_add(_as_image(tokens, residual), residual)
         if not return_dict:
             return (output,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pydiff.ops.residual import residual_add
 from pydiff.ops.upsample import upsample_conv2d
 from pydiff.optimize.hoisting import own_columns
-from pydiff.optimize.parts import activation_name, convolution, is_nhwc, is_plain, norm_act, pointwise, unhooked
+from pydiff.optimize.parts import activation_name, convolution, is_nhwc, is_plain_3x3, norm_act, pointwise, unhooked
 from pydiff.optimize.swap import Fused, Rule, ready
 
 
@@ -128,14 +128,9 @@ class FusedUpsample2D(Fused):
     def forward(self: Any, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         conv = self.conv if self.name == "conv" else self.Conv2d_0
         doubled = output_size is None or tuple(output_size) == tuple(2 * n for n in hidden_states.shape[-2:])
-        if args or kwargs or not doubled or not ready(self, hidden_states) or not _plain_3x3(conv):
+        if args or kwargs or not doubled or not ready(self, hidden_states) or not is_plain_3x3(conv):
             return super().forward(hidden_states, output_size, *args, **kwargs)
         return upsample_conv2d(hidden_states, conv.weight, conv.bias)
-
-
-def _plain_3x3(conv: Any) -> bool:
-    return (is_plain(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.groups == 1
-            and conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.padding_mode == "zeros")
 
 
 def _refuse_upsample(module: Any) -> str | None:

@@ -15,9 +15,9 @@ from pydiff.optimize.diffusers_transformers import (
     modulated,
     unpatchified,
 )
-from pydiff.optimize.hoisting import gathered, own_columns
+from pydiff.optimize.hoisting import Hoistable, gathered, own_columns
 from pydiff.optimize.parts import layer_norm_of
-from pydiff.optimize.swap import Fused, Rule
+from pydiff.optimize.swap import Rule
 
 
 def ada_norm_zero_forward(block: Any, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None,
@@ -54,7 +54,7 @@ ADAPTIVE: dict[str, Callable[..., Tensor]] = {
 }
 
 
-class FusedDiTTransformer2DModel(Fused):
+class FusedDiTTransformer2DModel(Hoistable):
     """DiT: `forward` is the original's, around fused blocks; a block's embedding of time and label can be hoisted."""
 
     hoisted_arguments = ("class_labels",)
@@ -67,12 +67,6 @@ class FusedDiTTransformer2DModel(Fused):
         embeddings = [norm.emb(times, labels, hidden_dtype=self.dtype) for norm in norms]
         parts = [norm.project(embedding) for norm, embedding in zip(norms, embeddings)]
         return gathered([*parts, self.proj_out_1(nn.functional.silu(embeddings[0]))], total)
-
-    def hoist_condition(self, cond: Mapping[str, Any]) -> dict[str, Any]:
-        return {}
-
-    def embedding_condition(self, cond: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: cond[k] for k in ("class_labels",) if cond.get(k) is not None}
 
     def hoisted_forward(self: Any, x: Tensor, embedding: Tensor, cond: Mapping[str, Any]) -> Tensor:
         tokens = self.pos_embed(x).contiguous()

@@ -27,7 +27,7 @@ from pydiff.optimize.diffusers_transformers import (
     project_modulations,
     projected,
 )
-from pydiff.optimize.hoisting import given
+from pydiff.optimize.hoisting import Hoistable, given
 from pydiff.optimize.parts import is_plain, unhooked
 from pydiff.optimize.swap import Fused, Rule, ready
 
@@ -145,7 +145,7 @@ def _joint_linear(layer: nn.Module, a: Tensor, b: Tensor) -> Tensor:
     return y.view(*a.shape[:-1], -1)
 
 
-class FusedFluxTransformer2DModel(Fused):
+class FusedFluxTransformer2DModel(Hoistable):
     hoisted_arguments = (*CONDITION, "guidance")
 
     def forward(self: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, pooled_projections: Any = None,

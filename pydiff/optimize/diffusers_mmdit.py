@@ -23,6 +23,7 @@ from pydiff.optimize.diffusers_transformers import (
     projected,
     unpatchified,
 )
+from pydiff.optimize.hoisting import Hoistable
 from pydiff.optimize.swap import Fused, Rule, fused_class, ready, refusal
 
 PROCESSOR = "JointAttnProcessor2_0"
@@ -114,7 +115,7 @@ def _prepare_block(block: Any) -> None:
             attn.__class__ = fused_class(FusedJointAttention, type(attn))
 
 
-class FusedSD3Transformer2DModel(Fused):
+class FusedSD3Transformer2DModel(Hoistable):
     """SD3: `forward` is the original's, around fused blocks; every block's modulation and the text's embedding can be
     hoisted."""
 

@@ -9,7 +9,6 @@ product.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from pydiff.ops.residual import residual_add
 from pydiff.ops.rms_norm import qk_norm_rotary
 from pydiff.optimize.hoisting import CannotHoist, assign, gathered, own_columns
 from pydiff.optimize.parts import is_plain, packed, plain_weight, unhooked
-from pydiff.optimize.swap import PACKED, Fused, Rule, ready
+from pydiff.optimize.swap import Fused, Rule, ready
 
 
 def _rows(modulation: Tensor) -> Tensor:
@@ -231,14 +230,7 @@ def projected(owner: nn.Module, name: str, layers: Sequence[Any], x: Tensor) -> 
 
     `name` tells the packs of one owner apart.
     """
-    if torch.compiler.is_compiling():
-        return None
-    attribute = f"{PACKED}_{name}"
-    keeper: Any = vars(owner).get(attribute)
-    if keeper is None:
-        keeper = SimpleNamespace()
-        object.__setattr__(owner, attribute, keeper)
-    together = packed(keeper, list(layers))
+    together = packed(owner, layers, name)
     return None if together is None else F.linear(x, *together)
 
 

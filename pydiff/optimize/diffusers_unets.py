@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from pydiff.optimize.diffusers_attention import FusedAttention, refuse_attention
 from pydiff.optimize.diffusers_blocks import FusedResnetBlock2D
-from pydiff.optimize.hoisting import CannotHoist, assign, gathered
+from pydiff.optimize.hoisting import CannotHoist, Hoistable, assign, gathered
 from pydiff.optimize.parts import norm_act
-from pydiff.optimize.swap import Fused, Rule, ready
+from pydiff.optimize.swap import Rule, ready
 
 ADDED = ("text_embeds", "time_ids", "image_embeds")
 SIMPLE = ("class_labels", "timestep_cond", "added_cond_kwargs")  # arguments that the fused forward takes too
@@ -70,7 +70,7 @@ def project_times(model: Any, embedding: Tensor) -> Tensor:
     return gathered([b.hoisted_columns(embedding if b.skip_time_act else activated) for b in blocks], total)
 
 
-class _FusedUNet(Fused):
+class _FusedUNet(Hoistable):
     def _trunk(self: Any, sample: Tensor, emb: Tensor, context: dict[str, Any]) -> Tensor:
         """From the input image and what the blocks are told to the output image."""
         factor = 2 ** max(len(self.up_blocks) - 1, 0)

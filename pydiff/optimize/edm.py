@@ -26,7 +26,7 @@ from pydiff.ops.attention import attention
 from pydiff.ops.group_norm import group_norm
 from pydiff.ops.residual import residual_add
 from pydiff.optimize import probe
-from pydiff.optimize.hoisting import assign, gathered, own_columns
+from pydiff.optimize.hoisting import Hoistable, assign, gathered, own_columns
 from pydiff.optimize.parts import is_nhwc, plain_weight, unhooked
 from pydiff.optimize.swap import Fused, Rule, fused_class, ready
 
@@ -281,19 +281,13 @@ def joined(block: Any, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
     return block(torch.cat([x, skips.pop()], dim=1), emb)
 
 
-class _Hoisting(Fused):
+class _Hoisting(Hoistable):
     hoisted_arguments = ("class_labels", "augment_labels")
 
     def hoist_times(self: Any, times: Tensor, cond: Mapping[str, Any]) -> Tensor:
         blocks, total = self._pydiff_time_blocks
         emb = self._embed(times, cond.get("class_labels"), cond.get("augment_labels"))
         return gathered([linear(b.affine, emb) for b in blocks], total)
-
-    def hoist_condition(self, cond: Mapping[str, Any]) -> dict[str, Any]:
-        return {}
-
-    def embedding_condition(self, cond: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: cond[k] for k in ("class_labels", "augment_labels") if cond.get(k) is not None}
 
     def hoisted_forward(self: Any, x: Tensor, embedding: Tensor, cond: Mapping[str, Any]) -> Tensor:
         return self._trunk(x, embedding.to(x.dtype))

@@ -25,8 +25,8 @@ from pydiff.ops.group_norm import group_norm
 from pydiff.ops.residual import residual_add
 from pydiff.ops.upsample import upsample_conv2d
 from pydiff.optimize import parts, probe
-from pydiff.optimize.hoisting import assign, gathered, own_columns
-from pydiff.optimize.parts import convolution, is_nhwc, is_plain, plain_weight, pointwise, unhooked
+from pydiff.optimize.hoisting import Hoistable, assign, gathered, own_columns
+from pydiff.optimize.parts import convolution, is_nhwc, is_plain, is_plain_3x3, plain_weight, pointwise, unhooked
 from pydiff.optimize.swap import Fused, Rule, fused_class, ready
 
 
@@ -97,14 +97,10 @@ def _cat(x: Tensor, skip: Tensor | None) -> Tensor:
 
 def _resampled(resample: Any, conv: Any, h: Tensor) -> tuple[Tensor, Tensor | None]:
     """Resampling and a convolution, and the bias still to be added."""
-    if isinstance(resample, FusedGuidedUpsample) and unhooked(resample) and not resample.use_conv and _plain_3x3(conv):
+    folds = isinstance(resample, FusedGuidedUpsample) and unhooked(resample) and not resample.use_conv
+    if folds and is_plain_3x3(conv):
         return upsample_conv2d(h, conv.weight), conv.bias
     return convolution(conv, resample(h))
-
-
-def _plain_3x3(conv: Any) -> bool:
-    return (is_plain(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.groups == 1
-            and conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.padding_mode == "zeros")
 
 
 def _is_norm_act_conv(layers: Any, dropout: bool) -> bool:
@@ -175,7 +171,7 @@ class FusedGuidedUpsample(Fused):
     """Nearest upsampling and its 3x3 convolution as one operation; without one, the residual block around folds it."""
 
     def forward(self: Any, x: Tensor, *args: Any) -> Tensor:
-        if args or x.ndim != 4 or not ready(self, x) or (self.use_conv and not _plain_3x3(self.conv)):
+        if args or x.ndim != 4 or not ready(self, x) or (self.use_conv and not is_plain_3x3(self.conv)):
             return super().forward(x, *args)
         if not self.use_conv:
             return F.interpolate(x, scale_factor=2.0, mode="nearest")
@@ -185,7 +181,7 @@ class FusedGuidedUpsample(Fused):
 def _refuse_upsample(module: Any) -> str | None:
     if not all(hasattr(module, name) for name in ("use_conv", "dims", "channels")) or module.dims != 2:
         return "it is not guided-diffusion's Upsample, of images"
-    if module.use_conv and not _plain_3x3(getattr(module, "conv", None)):
+    if module.use_conv and not is_plain_3x3(getattr(module, "conv", None)):
         return "its convolution is not a plain 3x3 one"
     return probe.differs(module, FusedGuidedUpsample,
                          lambda g: (torch.randn(1, module.channels, 3, 2, generator=g),), module.use_conv)
@@ -218,19 +214,13 @@ class FusedGuidedUNet(Fused):
         return out[2](norm_act(out[0], out[1], h))
 
 
-class HoistableGuidedUNet(FusedGuidedUNet):
+class HoistableGuidedUNet(FusedGuidedUNet, Hoistable):
     hoisted_arguments = ("y",)
 
     def hoist_times(self: Any, times: Tensor, cond: Mapping[str, Any]) -> Tensor:
         blocks, total = self._pydiff_time_blocks
         emb = self._embed(times, cond.get("y"))
         return gathered([b.emb_layers(emb) for b in blocks], total)
-
-    def hoist_condition(self, cond: Mapping[str, Any]) -> dict[str, Any]:
-        return {}
-
-    def embedding_condition(self, cond: Mapping[str, Any]) -> dict[str, Any]:
-        return {} if cond.get("y") is None else {"y": cond["y"]}
 
     def hoisted_forward(self: Any, x: Tensor, embedding: Tensor, cond: Mapping[str, Any]) -> Tensor:
         return self._trunk(x, embedding.to(self.dtype))

@@ -12,13 +12,13 @@ Contract: exact in float32 up to the rounding of matrix products of another shap
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pydiff.optimize.parts import unhooked
-from pydiff.optimize.swap import is_fused, not_ready
+from pydiff.optimize.swap import Fused, is_fused, not_ready
 
 
 class Slot(NamedTuple):
@@ -58,9 +58,8 @@ class CannotHoist(ValueError):
     """A call that hoisting does not serve, and why. The model itself serves it."""
 
 
-@runtime_checkable
-class Hoistable(Protocol):
-    """A model whose embeddings can be computed before the loop: what `optimize` makes of the models it knows."""
+class Hoistable(Fused):
+    """Base of the mixins of whole models whose embeddings can be computed before the loop."""
 
     hoisted_arguments: tuple[str, ...]
     """The keyword arguments that hoisting understands; with others the model is called as it is."""
@@ -70,15 +69,19 @@ class Hoistable(Protocol):
 
         Where the condition holds nothing that enters the embedding, N has nothing to do with the batch.
         """
+        raise NotImplementedError
 
     def hoist_condition(self, cond: Mapping[str, Any]) -> dict[str, Any]:
         """The condition as `hoisted_forward` wants it: keys and values in place of the text, for example."""
+        return {}
 
     def embedding_condition(self, cond: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of the condition (tensors [batch, ...]) that enters the time embedding."""
+        """The part of the condition (tensors [batch, ...]) that enters the time embedding: all of it by default."""
+        return {name: cond[name] for name in self.hoisted_arguments if cond.get(name) is not None}
 
     def hoisted_forward(self, x: Tensor, embedding: Tensor, cond: Mapping[str, Any]) -> Tensor:
         """The model on x [batch, ...], given a row of the table for each row of x, and the hoisted condition."""
+        raise NotImplementedError
 
 
 class HoistedModel:
@@ -129,17 +132,10 @@ class HoistedModel:
 _TABLES = {"_pydiff_time_blocks": "_pydiff_time", "_pydiff_context_blocks": "_pydiff_context",
            "_pydiff_modulations": "_pydiff_modulation"}
 _LARGEST_TABLE = 2**31  # bytes
-_PROTOCOL = ("hoist_times", "hoist_condition", "embedding_condition", "hoisted_forward")
-
-
-def can_hoist(model: Any) -> bool:
-    """Whether `optimize` has made a model's embeddings such as can be computed before the loop."""
-    # Asked of its class: torch.compile's wrapper and others have what their model has, and would be passed by.
-    return isinstance(model, nn.Module) and all(hasattr(type(model), name) for name in _PROTOCOL)
 
 
 def _check(model: Any, times: Tensor, cond: Mapping[str, Any]) -> None:
-    if not can_hoist(model):
+    if not isinstance(model, Hoistable):
         raise CannotHoist(f"{type(model).__name__} is none of the models that pydiff.optimize can hoist")
     reason = not_ready(model, times)
     if reason:

@@ -3,6 +3,7 @@ when the model was optimised, and as the module that it is where not (a hook, a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from pydiff.ops.group_norm import group_norm
 from pydiff.ops.layer_norm import layer_norm
+from pydiff.optimize.swap import PACKED
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.SiLU: "silu"}
 
@@ -89,6 +91,12 @@ def pointwise(conv: nn.Module, x: Tensor, x2: Tensor | None = None) -> Tensor:
     return y.permute(0, 3, 1, 2)
 
 
+def is_plain_3x3(conv: Any) -> bool:
+    """Whether a module is a plain 3x3 convolution that keeps the size."""
+    return (is_plain(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.groups == 1
+            and conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.padding_mode == "zeros")
+
+
 def is_nhwc(x: Tensor) -> bool:
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
@@ -105,12 +113,13 @@ def layer_norm_of(norm: nn.Module, x: Tensor, residual: Tensor | None = None,
     return layer_norm(x, n.weight, n.bias, n.eps, residual=residual, total_bias=total_bias)
 
 
-def packed(owner: nn.Module, layers: list[Any]) -> tuple[Tensor, Tensor | None] | None:
+def packed(owner: nn.Module, layers: Sequence[Any], name: str = "") -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of several linear layers of one input as one matrix, or None where they cannot be.
 
-    The layers' parameters become views of one storage (their values, names and identity stay), so that what is written
-    into them is what the matrix holds. A parameter that has since got other storage (`.to`, `load_state_dict` with
-    assign, ``.data = ...``) is noticed, and they are packed anew. Not while compiling: a traced graph could not notice.
+    `name` tells several packs of one owner apart. The layers' parameters become views of one storage (their values,
+    names and identity stay), so that what is written into them is what the matrix holds. A parameter that has since got
+    other storage (`.to`, `load_state_dict` with assign, ``.data = ...``) is noticed, and they are packed anew. Not
+    while compiling: a traced graph could not notice.
     """
     if torch.compiler.is_compiling() or not all(is_plain(layer, nn.Linear) for layer in layers):
         return None
@@ -120,10 +129,10 @@ def packed(owner: nn.Module, layers: list[Any]) -> tuple[Tensor, Tensor | None] 
     if any((x.bias is None) != (first.bias is None) or x.weight.dtype != first.weight.dtype
            or x.weight.device != first.weight.device for x in layers):
         return None
-    weight = _packed_parameter(owner, "_pydiff_packed_weight", [layer.weight for layer in layers])
+    weight = _packed_parameter(owner, f"{PACKED}_{name}_weight", [layer.weight for layer in layers])
     if first.bias is None:
         return weight, None
-    return weight, _packed_parameter(owner, "_pydiff_packed_bias", [layer.bias for layer in layers])
+    return weight, _packed_parameter(owner, f"{PACKED}_{name}_bias", [layer.bias for layer in layers])
 
 
 def _packable(parameter: Tensor | None) -> bool:

@@ -10,6 +10,7 @@ import torch
 from pydiff.ops import attention_backends as backends
 from pydiff.ops.attention import attention, attention_reference, sequence_major, without_dead_rows
 from pydiff.ops.attention_backends import Backend, Call, Chooser, attention_choices, likely
+from pydiff.ops.measured import Measured
 
 NAMES = ("triton", "cudnn", "flash", "efficient", "math")
 
@@ -25,7 +26,8 @@ class Bench:
     def __init__(self, limit: int = 256, **times: float | Exception | str) -> None:
         self.times, self.runs, self.timed, self.capturing = times, [], [], False
         made = {name: Backend(self._run(name), self._accepts(name)) for name in times}
-        self.chooser = Chooser(made, self._time, lambda: self.capturing, lambda call: ("cudnn", "triton"), limit)
+        self.measured = Measured(limit, self._time, lambda: not self.capturing)
+        self.chooser = Chooser(made, self.measured, lambda call: ("cudnn", "triton"))
 
     def _run(self, name):
         def run(call):
@@ -54,14 +56,14 @@ def test_the_fastest_wins_and_is_measured_once():
     bench = Bench(triton=3.0, flash=1.0, math=2.0)
     assert [bench.chooser.run(call()) for _ in range(3)] == ["flash"] * 3
     assert bench.timed == ["triton", "flash", "math"]
-    (choice,) = bench.chooser.choices().values()
-    assert choice.backend == "flash" and choice.microseconds == {"triton": 3.0, "flash": 1.0, "math": 2.0}
+    (choice,) = bench.measured.choices().values()
+    assert choice.name == "flash" and choice.microseconds == {"triton": 3.0, "flash": 1.0, "math": 2.0}
 
 
 def test_a_backend_that_raises_or_refuses_is_left_out_with_its_reason():
     bench = Bench(triton=RuntimeError("out of resources"), cudnn="no masks", math=9.0)
     assert bench.chooser.run(call()) == "math"
-    (choice,) = bench.chooser.choices().values()
+    (choice,) = bench.measured.choices().values()
     assert choice.refused == {"triton": "RuntimeError: out of resources", "cudnn": "no masks"}
 
 
@@ -102,7 +104,7 @@ def test_what_is_not_measured_runs_the_next_when_pytorch_refuses():
 def test_nothing_is_measured_while_a_graph_is_captured():
     bench = Bench(triton=1.0, cudnn="no", math=2.0)
     bench.capturing = True
-    assert bench.chooser.run(call()) == "triton" and not bench.timed and not bench.chooser.choices()
+    assert bench.chooser.run(call()) == "triton" and not bench.timed and not bench.measured.choices()
     bench.capturing = False
     bench.times.update(triton=3.0)
     assert bench.chooser.run(call()) == "math"
@@ -133,9 +135,9 @@ def test_memory_is_bounded_and_the_oldest_goes():
     bench = Bench(limit=3, triton=1.0)
     for lq in range(1, 6):
         bench.chooser.run(call(lq=lq))
-    assert [key[0][2] for key in bench.chooser.choices()] == [3, 4, 5]
-    bench.chooser.forget()
-    assert not bench.chooser.choices()
+    assert [key[0][2] for key in bench.measured.choices()] == [3, 4, 5]
+    bench.measured.clear()
+    assert not bench.measured.choices()
 
 
 def test_unfused_attention_with_many_scores_is_a_last_resort(monkeypatch):
@@ -170,7 +172,7 @@ def test_what_is_likely_without_a_measurement(monkeypatch):
     assert likely(call(d=64, lk=300, dtype=half))[0] == "cudnn"
     assert likely(call(d=64, lk=300, dtype=half, masked=True))[0] == "triton"
     assert likely(call(d=64, lk=300))[0] == "efficient"
-    monkeypatch.setattr(backends, "capability", lambda device: (8, 0))
+    monkeypatch.setattr(backends.triton_ops, "capability", lambda device: (8, 0))
     assert likely(call(d=128, lk=300, dtype=half))[0] == "flash"
     assert set(likely(call(d=64, lk=300, dtype=half))) == set(NAMES)
 

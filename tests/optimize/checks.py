@@ -35,7 +35,10 @@ def relative(result: Tensor, expected: Tensor) -> float:
 
 
 def assert_close_in_float32(make: Callable[[], nn.Module], call: Call, bound: float = 2e-5) -> None:
-    """The fused model differs by float32 rounding, and a model with one wrong weight does not pass for it."""
+    """The fused model differs by float32 rounding, and a model with one weight off by 1 % does not pass for it.
+
+    The bound is some hundred units of rounding (1.2e-7): what a few dozen layers add up to.
+    """
     original, fused = seeded(make), seeded(make)
     expected = call(original)
     pydiff.optimize(fused, memory_format=torch.channels_last)
@@ -59,7 +62,7 @@ def assert_low_precision_error(make: Callable[[], nn.Module], call: Callable[[nn
         worst = max(worst, float(fused.max() / error.max()))
         ours, theirs = ours + float(fused.square().mean()), theirs + float(error.square().mean())
     assert worst <= 2.0
-    assert ours <= 1.3**2 * theirs
+    assert ours <= 1.3**2 * theirs  # of the squares: no worse on the whole, but for the luck of a few seeds
 
 
 def assert_restored(make: Callable[[], nn.Module], call: Call) -> None:

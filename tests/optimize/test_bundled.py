@@ -12,7 +12,7 @@ import pydiff
 from pydiff.models import UNet, load_model
 from pydiff.models.unet import Block, ResBlock, SelfAttention
 from pydiff.optimize import bundled
-from pydiff.optimize.hoisting import can_hoist
+from pydiff.optimize.hoisting import Hoistable
 from tests.optimize import checks
 
 
@@ -96,7 +96,7 @@ def test_everything_is_replaced() -> None:
     classes = [entry.cls for entry in report.replaced]
     assert {c: classes.count(c) for c in classes} == {"UNet": 1, "ResBlock": 8, "SelfAttention": 4}
     assert [(e.cls, e.what) for e in report.left] == [("Upsample", "on request alone: fold_upsampling=True")]
-    assert can_hoist(model)
+    assert isinstance(model, Hoistable)
 
 
 def test_folded_upsampling() -> None:
@@ -111,7 +111,7 @@ def test_a_block_that_is_left_prevents_hoisting() -> None:
     block.forward = lambda x, embedding: ResBlock.forward(block, x, embedding)
     expected = call(model)
     model, report = pydiff.optimize(model, report=True, fold_upsampling=True)
-    assert [e.name for e in report.left] == ["middle.0.0"] and not can_hoist(model)
+    assert [e.name for e in report.left] == ["middle.0.0"] and not isinstance(model, Hoistable)
     assert checks.relative(call(model), expected) < 2e-5
 
 
