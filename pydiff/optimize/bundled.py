@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ from pydiff.ops.group_norm import group_norm
 from pydiff.ops.residual import residual_add
 from pydiff.ops.upsample import upsample_conv2d
 from pydiff.optimize.hoisting import Hoistable, assign, gathered, own_columns
-from pydiff.optimize.parts import convolution, is_nhwc, is_plain, norm_act, pointwise, unhooked
+from pydiff.optimize.parts import cat, convolution, is_nhwc, is_plain, norm_act, pointwise, unhooked
 from pydiff.optimize.swap import Fused, Rule, fused_class, ready
 
 
@@ -30,18 +29,14 @@ class FusedResBlock(Fused):
         """The block on [x; skip]; embedding [N, E], or every block's hoisted columns."""
         modulation = own_columns(vars(self).get("_pydiff_time"), embedding)
         if modulation is None and not ready(self, x):
-            return super().forward(_cat(x, skip), embedding)
+            return super().forward(cat(x, skip), embedding)
         h, bias = convolution(self.conv1, _norm_silu(self.norm1, x, x2=skip))
         scale, shift = (self.embedding(embedding) if modulation is None else modulation).chunk(2, dim=1)
         h = _norm_silu(self.norm2, h, add=bias, scale=scale, shift=shift)
         projected = isinstance(self.skip, nn.Conv2d)
-        shortcut = pointwise(self.skip, x, skip) if projected else self.skip(_cat(x, skip))
+        shortcut = pointwise(self.skip, x, skip) if projected else self.skip(cat(x, skip))
         h, bias = convolution(self.conv2, h)
         return residual_add(h, shortcut, bias=bias)
-
-
-def _cat(x: Tensor, skip: Tensor | None) -> Tensor:
-    return x if skip is None else torch.cat([x, skip], dim=1)
 
 
 class FusedSelfAttention(Fused):

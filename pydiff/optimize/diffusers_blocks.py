@@ -11,13 +11,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pydiff.ops.residual import residual_add
 from pydiff.ops.upsample import upsample_conv2d
 from pydiff.optimize.hoisting import own_columns
-from pydiff.optimize.parts import activation_name, convolution, is_nhwc, is_plain_3x3, norm_act, pointwise, unhooked
+from pydiff.optimize.parts import (
+    activation_name,
+    cat,
+    convolution,
+    is_nhwc,
+    is_plain_3x3,
+    norm_act,
+    pointwise,
+    unhooked,
+)
 from pydiff.optimize.swap import Fused, Rule, ready
 
 
@@ -26,13 +34,12 @@ class FusedResnetBlock2D(Fused):
                 **kwargs: Any) -> Tensor:
         """diffusers' ResnetBlock2D on [input_tensor; skip], temb [N, E] or every block's hoisted columns."""
         if args or kwargs or not ready(self, input_tensor):
-            x = input_tensor if skip is None else torch.cat([input_tensor, skip], dim=1)
-            return super().forward(x, temb, *args, **kwargs)
+            return super().forward(cat(input_tensor, skip), temb, *args, **kwargs)
         x = input_tensor
         h = norm_act(self.norm1, self.nonlinearity, x, x2=skip)
         resample = self.upsample if self.upsample is not None else self.downsample
         if resample is not None:
-            x, skip, h = resample(x if skip is None else torch.cat([x, skip], dim=1)), None, resample(h)
+            x, skip, h = resample(cat(x, skip)), None, resample(h)
         columns = own_columns(vars(self).get("_pydiff_time"), temb)
         h, bias = convolution(self.conv1, h, split=None if columns is None else True)
         add, scale, shift = self._modulation(temb, bias) if columns is None else self._hoisted(columns, bias)
@@ -109,7 +116,7 @@ def joined(resnet: nn.Module, x: Tensor, skip: Tensor, temb: Tensor | None) -> T
     """
     if isinstance(resnet, FusedResnetBlock2D) and unhooked(resnet) and is_nhwc(x) and is_nhwc(skip):
         return resnet(x, temb, skip=skip)
-    return resnet(torch.cat([x, skip], dim=1), temb)
+    return resnet(cat(x, skip), temb)
 
 
 def _attend(attention: nn.Module, hidden_states: Tensor, arguments: dict[str, Any] | None) -> Tensor:

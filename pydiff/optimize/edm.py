@@ -27,7 +27,7 @@ from pydiff.ops.group_norm import group_norm
 from pydiff.ops.residual import residual_add
 from pydiff.optimize import probe
 from pydiff.optimize.hoisting import Hoistable, assign, gathered, own_columns
-from pydiff.optimize.parts import is_nhwc, plain_weight, unhooked
+from pydiff.optimize.parts import cat, is_nhwc, plain_weight, product_of_pixels, unhooked
 from pydiff.optimize.swap import Fused, Rule, fused_class, ready
 
 
@@ -54,7 +54,7 @@ def norm_act(norm: Any, x: Tensor, activate: bool, **extra: Tensor | None) -> An
     if unhooked(norm) and plain_weight(norm.weight):
         return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation="silu" if activate else None,
                           **extra)
-    x = _cat(x, extra.get("x2"))
+    x = cat(x, extra.get("x2"))
     add, scale, shift = extra.get("add"), extra.get("scale"), extra.get("shift")
     if add is not None:
         x = x + _per_channel(add, x)
@@ -66,10 +66,6 @@ def norm_act(norm: Any, x: Tensor, activate: bool, **extra: Tensor | None) -> An
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(*values.shape, 1, 1).to(like.dtype)
-
-
-def _cat(x: Tensor, x2: Tensor | None) -> Tensor:
-    return x if x2 is None else torch.cat([x, x2], dim=1)
 
 
 def linear(layer: Any, x: Tensor) -> Tensor:
@@ -98,13 +94,8 @@ def convolution(conv: Any, x: Tensor, box: bool = False) -> tuple[Tensor, Tensor
 def pointwise(x: Tensor, x2: Tensor | None, weight: Tensor) -> Tensor:
     """A 1x1 convolution of [x; x2], as matrix products over pixels where they are channels-last."""
     if not is_nhwc(x):
-        return F.conv2d(_cat(x, x2), weight)
-    weight = weight.flatten(1)
-    y = F.linear(x.permute(0, 2, 3, 1), weight[:, : x.shape[1]])
-    if x2 is not None:
-        rows = x2.permute(0, 2, 3, 1).reshape(-1, x2.shape[1])
-        y.view(-1, y.shape[-1]).addmm_(rows, weight[:, x.shape[1]:].t())
-    return y.permute(0, 3, 1, 2)
+        return F.conv2d(cat(x, x2), weight)
+    return product_of_pixels(x, x2, weight.flatten(1))
 
 
 class FusedEDMBlock(_Persistent):
@@ -112,7 +103,7 @@ class FusedEDMBlock(_Persistent):
         """UNetBlock on [x; skip]; emb [N, E], or every block's hoisted columns."""
         params = own_columns(vars(self).get("_pydiff_time"), emb)
         if args or (params is None and not ready(self, x)):
-            return super().forward(_cat(x, skip), emb, *args)
+            return super().forward(cat(x, skip), emb, *args)
         boxes = vars(self).get("_pydiff_boxes", (False, False))
         h, bias = convolution(self.conv0, norm_act(self.norm0, x, True, x2=skip), boxes[0])
         params = (linear(self.affine, emb) if params is None else params).to(h.dtype)
@@ -130,11 +121,11 @@ class FusedEDMBlock(_Persistent):
     def _shortcut(self: Any, x: Tensor, skip: Tensor | None, box: bool) -> tuple[Tensor, Tensor | None]:
         conv = self.skip
         if conv is None:
-            return _cat(x, skip), None
+            return cat(x, skip), None
         plain = unhooked(conv) and plain_weight(conv.weight) and conv.weight is not None and not (conv.up or conv.down)
         if plain and conv.weight.shape[-1] == 1:
             return pointwise(x, skip, conv.weight.to(x.dtype)), conv.bias
-        return convolution(conv, _cat(x, skip), box)
+        return convolution(conv, cat(x, skip), box)
 
     def _attend(self: Any, x: Tensor) -> Tensor:
         h = norm_act(self.norm2, x, False)
@@ -278,7 +269,7 @@ def joined(block: Any, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
         return block(x, emb)
     if isinstance(block, FusedEDMBlock) and unhooked(block) and is_nhwc(x) and is_nhwc(skips[-1]):
         return block(x, emb, skip=skips.pop())
-    return block(torch.cat([x, skips.pop()], dim=1), emb)
+    return block(cat(x, skips.pop()), emb)
 
 
 class _Hoisting(Hoistable):

@@ -26,7 +26,7 @@ from pydiff.ops.residual import residual_add
 from pydiff.ops.upsample import upsample_conv2d
 from pydiff.optimize import parts, probe
 from pydiff.optimize.hoisting import Hoistable, assign, gathered, own_columns
-from pydiff.optimize.parts import convolution, is_nhwc, is_plain, is_plain_3x3, plain_weight, pointwise, unhooked
+from pydiff.optimize.parts import cat, convolution, is_nhwc, is_plain, is_plain_3x3, plain_weight, pointwise, unhooked
 from pydiff.optimize.swap import Fused, Rule, fused_class, ready
 
 
@@ -60,16 +60,16 @@ class FusedGuidedResBlock(Fused):
         """The block on [x; skip]; emb [N, E], or every block's hoisted columns."""
         modulation = own_columns(vars(self).get("_pydiff_time"), emb)
         if args or (modulation is None and not ready(self, x)):
-            return super().forward(_cat(x, skip), emb, *args)
+            return super().forward(cat(x, skip), emb, *args)
         updown, h, bias = getattr(self, "updown", False), x, None
         if updown or unhooked(self.in_layers):
             norm, activation, conv = self.in_layers.children()
             h = norm_act(norm, activation, x, x2=skip)
             h, bias = _resampled(self.h_upd, conv, h) if updown else convolution(conv, h)
         else:
-            h = self.in_layers(_cat(x, skip))
+            h = self.in_layers(cat(x, skip))
         if updown:
-            x, skip = self.x_upd(_cat(x, skip)), None
+            x, skip = self.x_upd(cat(x, skip)), None
         h, bias = self._second(h, bias, (self.emb_layers(emb) if modulation is None else modulation).to(h.dtype))
         return residual_add(h, self._shortcut(x, skip), bias=bias)
 
@@ -88,11 +88,7 @@ class FusedGuidedResBlock(Fused):
     def _shortcut(self: Any, x: Tensor, skip: Tensor | None) -> Tensor:
         if isinstance(self.skip_connection, nn.Conv2d):
             return pointwise(self.skip_connection, x, skip)
-        return self.skip_connection(_cat(x, skip))
-
-
-def _cat(x: Tensor, skip: Tensor | None) -> Tensor:
-    return x if skip is None else torch.cat([x, skip], dim=1)
+        return self.skip_connection(cat(x, skip))
 
 
 def _resampled(resample: Any, conv: Any, h: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -231,7 +227,7 @@ def joined(module: Any, h: Tensor, skip: Tensor, emb: Tensor) -> Tensor:
     layers = _layers(module)
     fused = layers is not None and isinstance(layers[0], FusedGuidedResBlock) and unhooked(layers[0])
     if layers is None or not fused or not is_nhwc(h) or not is_nhwc(skip):
-        return module(torch.cat([h, skip], dim=1), emb)
+        return module(cat(h, skip), emb)
     h = layers[0](h, emb, skip=skip)
     for layer in layers[1:]:
         h = layer(h, emb) if _takes_embedding(layer) else layer(h)

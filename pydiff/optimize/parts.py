@@ -53,8 +53,7 @@ def norm_act(norm: nn.Module, activation: nn.Module | None, x: Tensor, *, x2: Te
                        add=add, scale=scale, shift=shift)
         assert isinstance(y, Tensor)  # a pair only where a residual is given
         return y
-    if x2 is not None:
-        x = torch.cat([x, x2], dim=1)
+    x = cat(x, x2)
     if add is not None:
         x = x + add.reshape(*add.shape, *([1] * (x.ndim - 2))).to(x.dtype)
     x = norm(x)
@@ -81,14 +80,22 @@ def pointwise(conv: nn.Module, x: Tensor, x2: Tensor | None = None) -> Tensor:
     c: Any = conv
     plain = is_plain(conv, nn.Conv2d) and c.kernel_size == (1, 1) and c.stride == (1, 1) and c.groups == 1
     if not (plain and is_nhwc(x) and c.padding in ((0, 0), 0)):
-        return conv(x if x2 is None else torch.cat([x, x2], dim=1))
-    weight = c.weight.flatten(1)
-    if x2 is None:
-        return F.linear(x.permute(0, 2, 3, 1), weight, c.bias).permute(0, 3, 1, 2)
-    y = F.linear(x.permute(0, 2, 3, 1), weight[:, : x.shape[1]], c.bias)
-    rows = x2.permute(0, 2, 3, 1).reshape(-1, x2.shape[1])
-    y.view(-1, y.shape[-1]).addmm_(rows, weight[:, x.shape[1]:].t())
+        return conv(cat(x, x2))
+    return product_of_pixels(x, x2, c.weight.flatten(1), c.bias)
+
+
+def product_of_pixels(x: Tensor, x2: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """weight [O, C] times every pixel of the channels-last [x; x2], the concatenation never made."""
+    y = F.linear(x.permute(0, 2, 3, 1), weight[:, : x.shape[1]], bias)
+    if x2 is not None:
+        rows = x2.permute(0, 2, 3, 1).reshape(-1, x2.shape[1])
+        y.view(-1, y.shape[-1]).addmm_(rows, weight[:, x.shape[1]:].t())
     return y.permute(0, 3, 1, 2)
+
+
+def cat(x: Tensor, x2: Tensor | None) -> Tensor:
+    """[x; x2] along the channels, or x where there is no second."""
+    return x if x2 is None else torch.cat([x, x2], dim=1)
 
 
 def is_plain_3x3(conv: Any) -> bool:
