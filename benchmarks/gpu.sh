@@ -59,14 +59,15 @@ if [ -n "$WHEELS" ]; then
     install="$PYTHON -m pip install -q --no-index --no-deps --no-compile"
     step wheels 30 "$install --upgrade --target '$SITE' '$WHEELS'/*.whl"
 fi
-step build 110 "$PYTHON -m pip install -q --no-build-isolation --no-deps --no-index -e . \
+step build 70 "$PYTHON -m pip install -q --no-build-isolation --no-deps --no-index -e . \
 || $PYTHON setup.py -q build_ext --inplace"
 step info 15 "$PYTHON -m pydiff.info"
-step tests 110 "$PYTHON -m pytest -q -m gpu -p no:cacheprovider"
-step kernels 90 "$PYTHON -m benchmarks.kernels --device cuda --seconds @SECONDS@ --out '$OUT'"
-step unet 130 "$PYTHON -m benchmarks.unet --device cuda --seconds @SECONDS@ --out '$OUT'"
-step stage_update 70 "$PYTHON -m benchmarks.stage_update --device cuda --out '$OUT'"
-step noise 25 "$PYTHON -m benchmarks.noise --device cuda --out '$OUT'"
+step tests 150 "$PYTHON -m pytest -q -m gpu -p no:cacheprovider"
+step loop 100 "$PYTHON -m benchmarks.loop --device cuda --seconds @SECONDS@ --out '$OUT'"
+step kernels 60 "$PYTHON -m benchmarks.kernels --device cuda --seconds @SECONDS@ --out '$OUT'"
+step unet 75 "$PYTHON -m benchmarks.unet --device cuda --seconds @SECONDS@ --out '$OUT'"
+step stage_update 65 "$PYTHON -m benchmarks.stage_update --device cuda --out '$OUT'"
+step noise 20 "$PYTHON -m benchmarks.noise --device cuda --out '$OUT'"
 
 for word in "${wanted[@]}"; do
     [[ " $known " == *" ${word%%=*} "* ]] || misspelt=1

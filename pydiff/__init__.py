@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _NAMES = {
-    "pydiff.sampler": ("NonFiniteError", "Sampler", "StageInfo", "run_plan", "sample"),
+    "pydiff.sampler": ("Sampler", "sample"),
+    "pydiff.loop": ("NonFiniteError", "StageInfo", "run_plan"),
+    "pydiff.graph.capturable": ("CaptureReport", "check_capturable"),
     "pydiff.state": ("State", "init", "initial_noise", "step"),
     "pydiff.compiler": ("make_plan",),
     "pydiff.plan": ("Plan", "PlanError", "concatenate"),
@@ -30,6 +32,11 @@ __all__ = ["__version__", "optimize", *sorted(_HOME)]
 
 if TYPE_CHECKING:
     from pydiff.compiler import make_plan as make_plan
+    from pydiff.graph.capturable import CaptureReport as CaptureReport
+    from pydiff.graph.capturable import check_capturable as check_capturable
+    from pydiff.loop import NonFiniteError as NonFiniteError
+    from pydiff.loop import StageInfo as StageInfo
+    from pydiff.loop import run_plan as run_plan
     from pydiff.models import load_model as load_model
     from pydiff.noise_schedule import EDM as EDM
     from pydiff.noise_schedule import VE as VE
@@ -48,10 +55,7 @@ if TYPE_CHECKING:
     from pydiff.prediction import EDMPrecond as EDMPrecond
     from pydiff.prediction import Prediction as Prediction
     from pydiff.prediction import get_prediction as get_prediction
-    from pydiff.sampler import NonFiniteError as NonFiniteError
     from pydiff.sampler import Sampler as Sampler
-    from pydiff.sampler import StageInfo as StageInfo
-    from pydiff.sampler import run_plan as run_plan
     from pydiff.sampler import sample as sample
     from pydiff.schedule_from_config import from_diffusers_config as from_diffusers_config
     from pydiff.solvers import get_solver as get_solver

@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 
 from pydiff import models
 from pydiff.cli import DEFAULT_GUIDANCE, PICTURES, UsageError, grid_options, write_whole
+from pydiff.loop import NonFiniteError
 from pydiff.noise_schedule import NoiseSchedule
-from pydiff.sampler import NonFiniteError, Sampler
+from pydiff.sampler import Sampler
 
 
 def run(args: argparse.Namespace, options: dict[str, Any]) -> None:

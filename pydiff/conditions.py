@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -46,3 +46,39 @@ def _expand(value: torch.Tensor, rows: int, name: str) -> torch.Tensor:
     if value.shape[0] not in (1, rows):
         raise ValueError(f"{name} must have 1 or {rows} rows like the batch, got shape {list(value.shape)}")
     return value.expand(rows, *value.shape[1:])
+
+
+def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """The same nested mappings and sequences with `function` of every tensor in them."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [map_tensors(item, function) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def structure(value: Any) -> Hashable:
+    """What two conditions have in common that differ in nothing but the contents of their tensors."""
+    if isinstance(value, torch.Tensor):
+        return (type(value), value.shape, value.dtype)
+    if isinstance(value, Mapping):
+        return (dict, tuple((key, structure(item)) for key, item in value.items()))
+    if isinstance(value, (list, tuple)):
+        return (type(value), tuple(structure(item) for item in value))
+    return (type(value), value if isinstance(value, Hashable) else id(value))
+
+
+def copy_into(targets: Any, values: Any) -> None:
+    """Copy every tensor of `values` into the one at the same place in `targets`, which has the same structure."""
+    if isinstance(targets, torch.Tensor):
+        if targets is not values:
+            targets.copy_(values, non_blocking=True)
+    elif isinstance(targets, Mapping):
+        for key, target in targets.items():
+            copy_into(target, values[key])
+    elif isinstance(targets, (list, tuple)):
+        for target, value in zip(targets, values):
+            copy_into(target, value)

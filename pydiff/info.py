@@ -98,6 +98,7 @@ def cuda_devices() -> Iterator[Line]:
         p = torch.cuda.get_device_properties(index)
         memory = f"{p.total_memory / 2**30:.1f} GiB"
         yield f"cuda:{index}", f"{p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} SMs, {memory}"
+        yield f"loop on cuda:{index}", _graphs(torch.device("cuda", index))
 
 
 def _driver() -> str:
@@ -146,6 +147,17 @@ def operations() -> Iterator[Line]:
     for name in triton_operations():
         yield f"{name} on cpu", "plain PyTorch: its kernel is for CUDA devices"
         yield f"{name} on cuda", _triton_backend(name)
+
+
+def _graphs(device: torch.device) -> str:
+    from pydiff.graph.backend import CudaGraphs
+    from pydiff.graph.device_loop import can_use_device_loop
+
+    captured, reason = CudaGraphs().available(device)
+    if not captured:
+        return f"eager: {reason}"
+    looped, reason = can_use_device_loop(device)
+    return "CUDA graphs, also driven by the device" if looped else f"CUDA graphs, driven by the host: {reason}"
 
 
 def _triton_backend(name: str) -> str:

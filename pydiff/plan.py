@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class Plan:
     def num_slots(self) -> int:
         return len(self.slot_names)
 
-    @property
+    @cached_property
     def num_draws(self) -> int:
         """How many Gaussian tensors a run consumes, apart from the x_T it starts from."""
         highest = int(self.indices[:, table.DRAW0 :].max(initial=-1))
@@ -93,10 +94,17 @@ class Plan:
     def stochastic(self) -> bool:
         return self.num_draws > 0
 
-    @property
+    @cached_property
     def guided(self) -> bool:
         """Whether any stage has a guidance scale other than 1."""
         return bool((self.coefficients[:, table.GUIDANCE] != 1).any())
+
+    @cached_property
+    def operands(self) -> frozenset[str]:
+        """Which of the caller's tensors a stage has weights for: "known", "constant", "extra"."""
+        columns = {"constant": self.weights[:, :, table.CONSTANT], "extra": self.weights[:, :, table.EXTRA],
+                   "known": self.coefficients[:, table.KNOWN]}
+        return frozenset(name for name, column in columns.items() if (column != 0).any())
 
     def with_guidance(self, scale: float | np.ndarray) -> Plan:
         """The same plan with another guidance scale: a number, or one for each stage."""
@@ -281,7 +289,7 @@ def concatenate(first: Plan, second: Plan) -> Plan:
         raise PlanError(f"the first plan ends at (alpha, sigma) = {tuple(end)}, the second begins at {tuple(begin)}; "
                         "compile the second with t_start where the first ends")
     offset = first.num_draws
-    if (first.coefficients[:, table.KNOWN] != 0).any() != (second.coefficients[:, table.KNOWN] != 0).any():
+    if ("known" in first.operands) != ("known" in second.operands):
         raise PlanError("one plan is compiled with known=True and the other is not: a mask would serve one only")
     head, head_index = first.coefficients.copy(), first.indices.copy()
     tail_index = second.indices.copy()

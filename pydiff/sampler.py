@@ -1,186 +1,24 @@
-"""The eager loop: `sample`, `Sampler` and `run_plan`."""
+"""The public face of sampling: `Sampler`, a model with a compiled plan, and `sample`, which makes one and calls it."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from pydiff.compiler import GuidanceScale, make_plan
-from pydiff.conditions import check_condition, join
+from pydiff.graph.captured import CapturedLoop, GraphStats
+from pydiff.graph.request import make_request
+from pydiff.loop import Model, run_plan
 from pydiff.noise_schedule import NoiseSchedule, VPLinear
-from pydiff.noise_source import Noise, from_generator
-from pydiff.ops import table
+from pydiff.noise_source import from_generator
 from pydiff.plan import Plan, stage_values
 from pydiff.prediction import Prediction
-from pydiff.state import Seed, State, distinct_plans, init, initial_noise, row_seeds, step
+from pydiff.state import Seed, distinct_plans, initial_noise, row_seeds, seed_values
 
 DEFAULT_STEPS = 20
-
-Model = Callable[..., torch.Tensor]
-
-
-class StageInfo(NamedTuple):
-    """What a callback is told after a stage."""
-
-    stage: int
-    """The stage just done, from 0."""
-    total: int
-    time: float
-    """The time the model was called with (in a batch of several plans: in the longest of them)."""
-    x: torch.Tensor
-    """The sample after the stage: a view that the next stage overwrites, clone it to keep it."""
-    model_output: torch.Tensor
-
-
-Callback = Callable[[StageInfo], Any]
-
-
-class NonFiniteError(RuntimeError):
-    """The model returned NaN or infinity. `rows` maps each row concerned to the stage where it was first seen."""
-
-    def __init__(self, state: State, rows: dict[int, int]):
-        self.rows = rows
-        row, stage = min(rows.items(), key=lambda item: item[1])
-        time = state.plans[state.row_plan[row]].model_times[stage]
-        super().__init__(
-            f"the model returned NaN or infinity at stage {stage} (time {time:.6g}) in row {row}"
-            + (f" and {len(rows) - 1} more rows" if len(rows) > 1 else "")
-            + "; check its weights and dtype (fp16 overflows above 65504: try bf16), or pass check_finite=False"
-        )
-
-
-def run_plan(
-    plan: Plan | Sequence[Plan],
-    model: Model,
-    x: torch.Tensor,
-    *,
-    seed: Seed | None = None,
-    noise: Noise | None = None,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    cond: Mapping[str, Any] | None = None,
-    uncond: Mapping[str, Any] | None = None,
-    dtype: torch.dtype = torch.float32,
-    model_dtype: torch.dtype | None = None,
-    mask: torch.Tensor | None = None,
-    known: torch.Tensor | None = None,
-    constant: torch.Tensor | None = None,
-    extra: torch.Tensor | None = None,
-    callback: Callback | None = None,
-    progress: bool = False,
-    return_trajectory: bool = False,
-    check_finite: bool = True,
-    hoist: bool = True,
-) -> Any:
-    """Run a plan on a model.
-
-    Args:
-        plan: one plan, or one for each row.
-        model: called as model(x, t, **cond) with x [B, *sample] (twice the rows with guidance: unconditional first)
-            and t [B]; returns a tensor like x, or an object that holds it as `.sample`.
-        x: x_T [B, *sample] at the plan's first noise level, left as it is.
-        seed, noise, generator: of the noise a stochastic plan adds; at most one of them. seed: an integer s (row k
-            takes s + k) or one for each row. noise: [draws, *x.shape] or a function of the draw number.
-        cond, uncond: keyword arguments of the model; uncond is needed where the plan's guidance scale is not 1.
-        dtype: float32 or float64, of the state and the arithmetic. model_dtype: of the model's input.
-        mask, known, constant, extra: see `pydiff.init`.
-        callback: called with a `StageInfo` after each stage; a true return value ends the run there.
-        progress: show a progress bar.
-        return_trajectory: return (x, trajectory), trajectory [stages + 1, B, *sample].
-        check_finite: raise `NonFiniteError` if the model returns NaN or infinity: at once on the CPU, at the end
-            elsewhere, so that nothing waits for the device inside the loop.
-        hoist: compute before the loop what depends on the times and the condition alone, where `pydiff.optimize` has
-            made that possible for the model. The same samples, up to the rounding of matrix products.
-
-    Returns: the sample, [B, *sample] in `dtype`.
-    """
-    if sum(v is not None for v in (seed, noise, generator)) > 1:
-        raise TypeError("give at most one of seed, noise and generator")
-    plans, _ = distinct_plans(plan, x)
-    if generator is not None:
-        noise = from_generator(generator, x.to(dtype))
-    guided = any(p.guided for p in plans)
-    state = init(plan, x, seed=seed, noise=noise, copies=2 if guided else 1, dtype=dtype, model_dtype=model_dtype,
-                 mask=mask, known=known, constant=constant, extra=extra)
-    arguments = model_arguments(cond, uncond, guided, x.shape[0])
-    trajectory = [state.x.clone()] if return_trajectory else None
-    with torch.no_grad():
-        run(state, model, arguments, callback=callback, progress=progress, trajectory=trajectory,
-            check_finite=check_finite, hoist=hoist)
-    result = state.x.clone()  # not a view, which would keep the history in memory
-    return (result, torch.stack(trajectory)) if trajectory is not None else result
-
-
-def model_arguments(cond: Mapping[str, Any] | None, uncond: Mapping[str, Any] | None, guided: bool,
-                    rows: int) -> dict[str, Any]:
-    """The model's keyword arguments for a whole run, [uncond; cond] where the plan is guided."""
-    conditional = check_condition("cond", cond)
-    if not guided:
-        return conditional
-    if uncond is None:
-        raise TypeError("guidance_scale is not 1: give uncond=, the model's arguments of the unconditional call")
-    return join(check_condition("uncond", uncond), conditional, rows)
-
-
-def run(state: State, model: Model, arguments: Mapping[str, Any], *, callback: Callback | None = None,
-        progress: bool = False, trajectory: list[torch.Tensor] | None = None, check_finite: bool = True,
-        hoist: bool = True) -> None:
-    """Advance `state` to the end of its plans (or until the callback says stop)."""
-    plan = max(state.plans, key=len)
-    call = _caller(state, model, arguments, hoist)
-    on_host = state.x.device.type == "cpu"
-    with tqdm(total=state.total, initial=state.steps_done, disable=not progress, unit="call") as bar:
-        while not state.finished:
-            i = state.steps_done
-            x_in, version = state.model_input, _version(state)
-            m = call(x_in)
-            if _version(state) != version:
-                raise RuntimeError("the model changed its input in place; return a new tensor, or call it through "
-                                   "lambda x, t: net(x.clone(), t)")
-            step(state, m)
-            bar.update()
-            if check_finite and on_host:
-                _raise_if_nonfinite(state)
-            if trajectory is not None:
-                trajectory.append(state.x.clone())
-            if callback and callback(StageInfo(i, state.total, float(plan.model_times[i]), state.x, m)):
-                break
-    if check_finite and not on_host:
-        _raise_if_nonfinite(state)
-
-
-def _caller(state: State, model: Model, arguments: Mapping[str, Any], hoist: bool) -> Callable[[Any], torch.Tensor]:
-    """The model as a function of its input alone: told where the rows stand, with what it needs besides."""
-    if hoist and hasattr(model, "hoist_times"):
-        from pydiff.optimize.hoisting import CannotHoist, HoistedModel
-
-        t = state.tensors
-        try:
-            hoisted = HoistedModel(model, t.coefficients[:, table.TIME], arguments, t.copies * t.rows)
-        except CannotHoist as reason:
-            warnings.warn(f"pydiff: nothing is hoisted out of the loop: {reason}", stacklevel=2)
-        else:
-            return lambda x: hoisted(x, t.cursor)
-    return lambda x: _output(model(x, state.model_time, **arguments))
-
-
-def _output(returned: Any) -> torch.Tensor:
-    """The tensor in what a model returned: itself, or the `.sample` of diffusers' outputs."""
-    return returned if isinstance(returned, torch.Tensor) else getattr(returned, "sample", returned)
-
-
-def _version(state: State) -> int:
-    """Counts in-place changes of x while x itself is the model's input; torch keeps no count in inference mode."""
-    return state.x._version if state.tensors.model_input is None else 0
-
-
-def _raise_if_nonfinite(state: State) -> None:
-    flags = state.tensors.nonfinite
-    if flags is not None and flags.numel() and int(flags.max()) >= 0:
-        raise NonFiniteError(state, state.nonfinite())
+GUIDED_PLANS = 16  # plans with another guidance scale that a sampler remembers
 
 
 class Sampler:
@@ -193,6 +31,13 @@ class Sampler:
             by default.
         dtype: float32 (float64 on request), of the state. model_dtype: of the model's input; by default that of a
             module's first parameter, and `dtype` where there is none.
+        graph: run the loop as CUDA graphs, captured once for each shape, dtype and structure of the condition:
+            "loop" (or True): all stages of the plan in one graph, one launch from noise to sample;
+            "stage": one stage in a graph, launched once a stage, the device counting;
+            "device": one launch of a loop on the device around the stage; "stage" where CUDA cannot do that;
+            "auto": what is fastest, measured once, and no graph where that gains less than 2 %;
+            False: no graph. Without a CUDA device the loop runs eagerly, with the same samples.
+        max_graphs: how many captured loops are held; the least recently used is released for another.
 
     Example:
         sampler = Sampler(model, solver="dpmpp_2m", steps=20, grid="karras", guidance_scale=5.0)
@@ -201,16 +46,17 @@ class Sampler:
 
     def __init__(self, model: Model, solver: str = "dpmpp_2m", steps: int | None = None, *,
                  schedule: NoiseSchedule | None = None, prediction: str | Prediction | None = None,
-                 dtype: torch.dtype = torch.float32, model_dtype: torch.dtype | None = None, **plan_options: Any):
+                 dtype: torch.dtype = torch.float32, model_dtype: torch.dtype | None = None,
+                 graph: bool | str = False, max_graphs: int = 4, **plan_options: Any):
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
         self.model, self.dtype = model, dtype
         self.schedule = schedule or _model_schedule(model)
-        if steps is None and plan_options.get("times") is None and plan_options.get("sigmas") is None:
-            steps = DEFAULT_STEPS
-        self.plan = make_plan(solver, self.schedule, steps,
-                              prediction=prediction or getattr(model, "prediction", None) or "epsilon", **plan_options)
+        self.prediction = prediction or getattr(model, "prediction", None) or "epsilon"
+        self.plan = self.make_plan(solver, steps, **plan_options)
         self._model_dtype = model_dtype
+        self._guided: dict[tuple[int, float], tuple[Plan, Plan]] = {}
+        self.graphs = CapturedLoop("loop" if graph is True else graph, max_graphs) if graph is not False else None
 
     @property
     def _parameter(self) -> torch.Tensor | None:
@@ -219,18 +65,23 @@ class Sampler:
 
     @property
     def device(self) -> torch.device:
-        parameter = self._parameter
-        return torch.device("cpu") if parameter is None else parameter.device
+        return self._device_of(self._parameter)
 
     @property
     def model_dtype(self) -> torch.dtype:
-        parameter = self._parameter
-        floating = parameter is not None and parameter.dtype.is_floating_point
-        return self._model_dtype or (parameter.dtype if floating and parameter is not None else self.dtype)
+        return self._model_dtype or self._dtype_of(self._parameter)
+
+    @staticmethod
+    def _device_of(parameter: torch.Tensor | None) -> torch.device:
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    def _dtype_of(self, parameter: torch.Tensor | None) -> torch.dtype:
+        return self.dtype if parameter is None or not parameter.dtype.is_floating_point else parameter.dtype
 
     def __call__(self, shape_or_x: Sequence[int] | torch.Tensor, *, x0: torch.Tensor | None = None,
                  seed: Seed | None = None, guidance_scale: GuidanceScale | None = None,
-                 device: torch.device | str | None = None, **run_options: Any) -> Any:
+                 plan: Plan | Sequence[Plan] | None = None, device: torch.device | str | None = None,
+                 **run_options: Any) -> Any:
         """Draw samples.
 
         Args:
@@ -238,41 +89,98 @@ class Sampler:
             x0: start from this clean sample, noised to the plan's first time (compile with t_start=).
             seed: an integer s (row k takes s + k), one for each row, or None for random ones.
             guidance_scale: in place of the compiled one.
+            plan: in place of the compiled one (see `make_plan`), or one for each row.
             device: where to sample, for a shape; the model's device by default.
             run_options: see `run_plan`.
         """
-        plan = self.plan if guidance_scale is None else self.plan.with_guidance(self._scales(guidance_scale))
         generator, noise = run_options.get("generator"), run_options.get("noise")
         if generator is not None and seed is not None:
             raise TypeError("give seed or generator, not both: either decides all noise of the run")
+        plans = self._plans(plan, guidance_scale)
+        parameter = self._parameter
+        model_dtype = self._model_dtype or self._dtype_of(parameter)
+        options = {"dtype": self.dtype, "model_dtype": model_dtype, **run_options}
+        x: torch.Tensor | None = None
         if isinstance(shape_or_x, torch.Tensor):
             if x0 is not None or device is not None:
                 raise TypeError("x0 and device go with a shape: a tensor is x_T itself, on its own device")
-            return run_plan(plan, self.model, shape_or_x, seed=seed, dtype=self.dtype, model_dtype=self.model_dtype,
-                            **run_options)
-        shape = _check_shape(shape_or_x)
-        where = torch.device(device) if device is not None else self.device
-        seeds = row_seeds(seed, shape[0], where)
-        z = self._first_noise(shape, seeds, where, generator)
-        x = plan.init_std * z if x0 is None else self._noised(x0, z)
-        return run_plan(plan, self.model, x, dtype=self.dtype, model_dtype=self.model_dtype,
-                        seed=seeds if generator is None and noise is None else None, **run_options)
+            x, shape, where = shape_or_x, tuple(shape_or_x.shape), shape_or_x.device
+        else:
+            shape = _check_shape(shape_or_x)
+            where = torch.device(device) if device is not None else self._device_of(parameter)
+            seeds = seed_values(seed, shape[0])
+            seed = seeds if generator is None and noise is None else None
+            if self.graphs is None or seed is None or x0 is not None:
+                x = self._first(plans, shape, seeds, where, generator, x0)
+        if self.graphs is not None:
+            result = self.graphs(make_request(plans, self.model, x, shape=shape, device=where, seed=seed, **options))
+            if result is not NotImplemented:
+                return result
+        if x is None:
+            x = self._first(plans, shape, seeds, where, None, None)
+        return run_plan(plans, self.model, x, seed=seed, **options)
 
-    def _noised(self, x0: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """x0 at the level of the first time: below that of the first call, where the plan begins by churning."""
-        start = float(self.plan.times[0])
+    def make_plan(self, solver: str, steps: int | None = None, **plan_options: Any) -> Plan:
+        """Another plan for this model (see `pydiff.make_plan`): its schedule and prediction, 20 steps by default."""
+        if steps is None and plan_options.get("times") is None and plan_options.get("sigmas") is None:
+            steps = DEFAULT_STEPS
+        return make_plan(solver, self.schedule, steps, prediction=self.prediction, **plan_options)
+
+    def stats(self) -> GraphStats:
+        """What the sampler's graphs have done and hold; all zero with graph=False."""
+        return GraphStats() if self.graphs is None else self.graphs.stats()
+
+    def release(self) -> None:
+        """Give back all captured loops and their memory. The next call captures anew."""
+        if self.graphs is not None:
+            self.graphs.release()
+
+    def _plans(self, plan: Plan | Sequence[Plan] | None, guidance_scale: GuidanceScale | None) -> Plan | Sequence[Plan]:
+        plan = self.plan if plan is None else plan
+        if guidance_scale is None:
+            return plan
+        if not isinstance(plan, Plan):
+            raise TypeError("guidance_scale goes with one plan: compile each row's own with its guidance_scale")
+        if not isinstance(guidance_scale, (int, float)):
+            return plan.with_guidance(_scales(plan, guidance_scale))
+        # A plan is checked whenever it is made, which takes longer than a captured loop is launched in.
+        key = (id(plan), float(guidance_scale))
+        before, guided = self._guided.get(key, (None, plan))
+        if before is not plan:  # or it has the number of one that is gone
+            guided = plan.with_guidance(_scales(plan, guidance_scale))
+            if len(self._guided) >= GUIDED_PLANS:
+                self._guided.pop(next(iter(self._guided)), None)
+            self._guided[key] = (plan, guided)
+        return guided
+
+    def _first(self, plans: Plan | Sequence[Plan], shape: tuple[int, ...], seeds: list[int], device: torch.device,
+               generator: Any, x0: torch.Tensor | None) -> torch.Tensor:
+        """x_T [B, *sample]: noise, or x0 at the level of the first time."""
+        if generator is None:
+            z = initial_noise(shape, row_seeds(seeds, shape[0], device), self.dtype)
+        else:
+            z = from_generator(generator, torch.empty(shape, dtype=self.dtype, device=device))(0)
+        if x0 is None:
+            return _init_std(plans, z) * z
+        # Below the level of the first call, where the plan begins by churning.
+        if not isinstance(plans, Plan):
+            raise TypeError("x0 goes with one plan: the rows of several begin at levels of their own")
+        start = float(plans.times[0])
         return self.schedule.alpha(start) * _check_x0(x0, z) + self.schedule.sigma(start) * z
 
-    def _scales(self, guidance_scale: GuidanceScale) -> Any:
-        if callable(guidance_scale):
-            return [float(guidance_scale(t)) for t in self.plan.model_times]
-        return stage_values("guidance_scale", guidance_scale, len(self.plan))
 
-    def _first_noise(self, shape: tuple[int, ...], seeds: torch.Tensor, device: torch.device,
-                     generator: Any) -> torch.Tensor:
-        if generator is None:
-            return initial_noise(shape, seeds, self.dtype)
-        return from_generator(generator, torch.empty(shape, dtype=self.dtype, device=device))(0)
+def _init_std(plans: Plan | Sequence[Plan], z: torch.Tensor) -> Any:
+    if isinstance(plans, Plan):
+        return plans.init_std
+    distinct_plans(plans, z.shape[0])  # complains of what is no plan
+    values = torch.tensor([p.init_std for p in plans], dtype=z.dtype).to(z.device)
+    return values.reshape(-1, *([1] * (z.ndim - 1)))
+
+
+def _scales(plan: Plan, guidance_scale: GuidanceScale) -> Any:
+    if callable(guidance_scale):
+        return [float(guidance_scale(t)) for t in plan.model_times]
+    return stage_values("guidance_scale", guidance_scale, len(plan))
 
 
 def sample(model: Model, shape: Sequence[int], *, solver: str = "dpmpp_2m", steps: int | None = None,
@@ -286,8 +194,8 @@ def sample(model: Model, shape: Sequence[int], *, solver: str = "dpmpp_2m", step
     return Sampler(model, solver, steps, **options)(shape, seed=seed, **calling)
 
 
-_CALL_OPTIONS = {"x0", "device", "noise", "generator", "cond", "uncond", "mask", "known", "constant", "extra",
-                 "callback", "progress", "return_trajectory", "check_finite", "hoist"}
+_CALL_OPTIONS = {"x0", "device", "plan", "noise", "generator", "cond", "uncond", "mask", "known", "constant", "extra",
+                 "callback", "callback_steps", "progress", "return_trajectory", "check_finite", "hoist"}
 
 
 def _model_schedule(model: Model) -> NoiseSchedule:

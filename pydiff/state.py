@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pydiff._native import is_plain
 from pydiff.noise_source import Noise, NoiseSource
 from pydiff.ops import table
 from pydiff.ops.noise import INITIAL_DRAW, normal
@@ -155,8 +156,8 @@ class State:
         return state
 
 
-def row_seeds(seed: Seed | None, rows: int, device: torch.device) -> torch.Tensor:
-    """int64 [rows]: the given seeds; from one number s the seeds s, s + 1, ...; from None random ones."""
+def seed_values(seed: Seed | None, rows: int) -> list[int]:
+    """One seed a row: the given ones; from one number s the seeds s, s + 1, ...; from None random ones."""
     if seed is None:
         seed = int(torch.randint(0, 2**62, ()))
     if isinstance(seed, (bool, float)):
@@ -173,7 +174,20 @@ def row_seeds(seed: Seed | None, rows: int, device: torch.device) -> torch.Tenso
     outside = [s for s in values if not -(2**63) <= s < 2**63]
     if outside:
         raise ValueError(f"seed must fit 64 bits, got {outside[0]}")
-    return torch.tensor(values, dtype=torch.int64, device=device)
+    return values
+
+
+def row_seeds(seed: Seed | None, rows: int, device: torch.device) -> torch.Tensor:
+    """int64 [rows] on `device`: see `seed_values`."""
+    return _on_device(seed_values(seed, rows), torch.int64, device)
+
+
+def _on_device(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers of the host in a tensor of their own; to a GPU without waiting for what it is doing."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if device.type == "cuda" and is_plain(tensor):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def initial_noise(shape: Sequence[int], seeds: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -210,8 +224,9 @@ def init(
         mask, known: 1 where `known` (a clean sample) stands; broadcast to x. The plan needs ``known=True``.
         constant, extra: tensors that a plan's "constant" and "extra" operands name; broadcast to x.
     """
-    plans, row_plan = distinct_plans(plan, x)
-    _check_operands(plans, mask, known, constant, extra)
+    check_x(x)
+    plans, row_plan = distinct_plans(plan, x.shape[0])
+    check_operands(plans, mask, known, constant, extra)
     if copies is None:
         copies = 2 if any(p.guided for p in plans) else 1
     if copies not in (1, 2):
@@ -234,8 +249,8 @@ def init(
         source = NoiseSource(plans[0], noise, registers[0])
     indices = [p.indices for p in plans] if source is None else [source.indices]
     starts = np.cumsum([0, *(len(p) for p in plans)])
-    cursor = torch.as_tensor(starts[:-1][row_plan], dtype=torch.int32, device=device)
-    stop = torch.as_tensor(starts[1:][row_plan], dtype=torch.int32, device=device)
+    cursor = _on_device(starts[:-1][row_plan], torch.int32, device)
+    stop = _on_device(starts[1:][row_plan], torch.int32, device)
 
     def operand(name: str, value: torch.Tensor | None) -> torch.Tensor | None:
         if value is None:
@@ -248,8 +263,8 @@ def init(
 
     tensors = StageTensors(
         registers, cursor, stop, seeds,
-        torch.as_tensor(np.concatenate([p.coefficients for p in plans]), dtype=dtype, device=device),
-        torch.as_tensor(np.concatenate(indices), dtype=torch.int32, device=device), copies,
+        _on_device(np.concatenate([p.coefficients for p in plans]), dtype, device),
+        _on_device(np.concatenate(indices), torch.int32, device), copies,
         model_input=_model_input(plans, registers[0], copies, model_dtype),
         model_time=torch.empty(copies * rows, dtype=dtype, device=device),
         mask=operand("mask", mask), known=operand("known", known),
@@ -263,28 +278,32 @@ def init(
     return State(tensors, plans, row_plan, source)
 
 
-def distinct_plans(plan: Plan | Sequence[Plan], x: torch.Tensor) -> tuple[list[Plan], list[int]]:
-    """The plans of a batch without repetition, and which of them each row of x follows."""
+def check_x(x: Any) -> None:
+    """Raise unless x is a batch of samples."""
     if not isinstance(x, torch.Tensor) or x.ndim < 1 or not x.dtype.is_floating_point:
         raise TypeError(f"x must be a floating-point tensor [batch, *sample], got {x!r:.80}")
+
+
+def distinct_plans(plan: Plan | Sequence[Plan], rows: int) -> tuple[list[Plan], list[int]]:
+    """The plans of a batch without repetition, and which of them each of its rows follows."""
     if isinstance(plan, Plan):
-        return [plan], [0] * x.shape[0]
-    rows = list(plan) if isinstance(plan, Sequence) else []
-    if not rows or len(rows) != x.shape[0] or not all(isinstance(p, Plan) for p in rows):
-        raise ValueError(f"plan must be a Plan from pydiff.make_plan, or one for each of the {x.shape[0]} rows of x, "
+        return [plan], [0] * rows
+    given = list(plan) if isinstance(plan, Sequence) else []
+    if not given or len(given) != rows or not all(isinstance(p, Plan) for p in given):
+        raise ValueError(f"plan must be a Plan from pydiff.make_plan, or one for each of the {rows} rows of x, "
                          f"got {plan!r:.80}")
-    distinct = list(dict.fromkeys(rows))
-    return distinct, [distinct.index(p) for p in rows]
+    distinct = list(dict.fromkeys(given))
+    return distinct, [distinct.index(p) for p in given]
 
 
-def _check_operands(plans: list[Plan], mask: Any, known: Any, constant: Any, extra: Any) -> None:
+def check_operands(plans: list[Plan], mask: Any, known: Any, constant: Any, extra: Any) -> None:
     if (mask is None) != (known is None):
         raise ValueError("mask and known must be given together: where the mask is 1, known stands")
-    if mask is not None and not all((p.coefficients[:, table.KNOWN] != 0).any() for p in plans):
+    if mask is not None and not all("known" in p.operands for p in plans):
         raise ValueError("a mask was given, but the plan holds no weights for the known region; "
                          "compile it with make_plan(..., known=True)")
-    for name, value, column in (("constant", constant, table.CONSTANT), ("extra", extra, table.EXTRA)):
-        if value is None and any((p.weights[:, :, column] != 0).any() for p in plans):
+    for name, value in (("constant", constant), ("extra", extra)):
+        if value is None and any(name in p.operands for p in plans):
             raise ValueError(f"the plan uses the operand {name!r}: give {name}=")
 
 
@@ -303,8 +322,8 @@ def _start(plans: list[Plan], row_plan: list[int], x: torch.Tensor, seeds: torch
         return
     z = normal(seeds, 0, x.shape[1:], dtype=x.dtype) if source is None else source.draw()
     shape = (-1, *([1] * (x.ndim - 1)))
-    scale = torch.tensor([plans[k].start_scale for k in row_plan], dtype=x.dtype, device=x.device).reshape(shape)
-    weight = torch.tensor([plans[k].start_noise for k in row_plan], dtype=x.dtype, device=x.device).reshape(shape)
+    scale = _on_device([plans[k].start_scale for k in row_plan], x.dtype, x.device).reshape(shape)
+    weight = _on_device([plans[k].start_noise for k in row_plan], x.dtype, x.device).reshape(shape)
     x.copy_(scale * x + torch.where(weight == 0, 0.0, weight * z))
 
 

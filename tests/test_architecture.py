@@ -36,7 +36,7 @@ LAYERS = [
     {"compiler", "_native", "ops.library", "ops.noise", "ops.stage", "ops.triton_ops", "ops.measured", *TRITON},
     {"noise_source", "conditions"},
     {"state"},
-    {"sampler", "graph", "optimize", "models"},
+    {"loop", "sampler", "fake_cuda", "graph", "optimize", "models"},
     {"cli", "info", "adapters", "engine", "procedures"},
 ]
 TORCH_FREE = {

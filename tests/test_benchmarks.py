@@ -329,12 +329,12 @@ def test_the_gpu_script_lists_its_steps(tmp_path):
     done = run_gpu("--dry-run", OUT=str(tmp_path / "absent"))
     steps = listed(done)
     assert done.returncode == 0
-    assert list(steps) == ["build", "info", "tests", "kernels", "unet", "stage_update", "noise"]
+    assert list(steps) == ["build", "info", "tests", "loop", "kernels", "unet", "stage_update", "noise"]
     assert "-m gpu" in steps["tests"][1] and "build_ext --inplace" in steps["build"][1]
-    for name in ("kernels", "unet", "stage_update", "noise"):
+    for name in ("loop", "kernels", "unet", "stage_update", "noise"):
         command = steps[name][1]
         assert f"benchmarks.{name} --device cuda" in command and f"--out '{tmp_path}/absent'" in command
-    for name in ("kernels", "unet"):  # done, and written down, before the limit
+    for name in ("loop", "kernels", "unet"):  # done, and written down, before the limit
         limit, command = steps[name]
         assert 10 <= limit - int(re.search(r"--seconds (\d+) ", command)[1]) <= 30
     assert not (tmp_path / "absent").exists()
@@ -349,7 +349,7 @@ def test_steps_of_the_gpu_script_can_be_chosen_and_given_time():
     assert list(steps) == ["build", "unet"] and steps["unet"][0] == 400 and "--seconds 380" in steps["unet"][1]
     for words in (["--quick"], ["nothing"], ["unet=x"], ["unet="], ["build", "kernels=-1"]):
         done = run_gpu("--dry-run", *words)
-        assert done.returncode == 2 and "steps: build info tests kernels unet" in done.stderr and not done.stdout
+        assert done.returncode == 2 and "steps: build info tests loop kernels unet" in done.stderr and not done.stdout
 
 
 STUB = """#!/usr/bin/env bash
@@ -369,11 +369,11 @@ def test_the_gpu_script_goes_on_after_a_failure_and_stops_what_hangs(tmp_path):
     stub.write_text(STUB)
     stub.chmod(0o755)
     done = run_gpu(PYTHON=str(stub), OUT=str(tmp_path / "out"), LIMIT="2")
-    assert done.returncode == 1 and "4 of 7 steps did not pass" in done.stderr, done.stderr
+    assert done.returncode == 1 and "4 of 8 steps did not pass" in done.stderr, done.stderr
     [summary] = (tmp_path / "out").glob("gpu-*.json")
     steps = {step["step"]: step["status"] for step in json.loads(summary.read_text())["steps"]}
     skipped = "skipped, no time left"
-    assert steps == {"build": "passed", "info": "passed", "tests": "failed", "kernels": "passed",
+    assert steps == {"build": "passed", "info": "passed", "tests": "failed", "loop": "passed", "kernels": "passed",
                      "unet": "timed out", "stage_update": skipped, "noise": skipped}
     [log] = (tmp_path / "out").glob("gpu-*.log")
     assert "1 90" in log.read_text()  # a build without CUDA is a failure there, and one architecture will do

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
-from pydiff.conditions import check_condition, join
+from pydiff.conditions import check_condition, copy_into, join, map_tensors, structure
 
 
 def test_tensors_are_stacked_unconditional_first() -> None:
@@ -70,3 +72,29 @@ def test_conditions_are_mappings() -> None:
     assert checked == given and checked is not given and check_condition("cond", None) == {}
     with pytest.raises(TypeError, match=r"uncond must be a mapping .*uncond=\{'labels': y\}, got Tensor"):
         check_condition("uncond", torch.ones(2))
+
+
+class Pair(NamedTuple):
+    a: torch.Tensor
+    b: list
+
+
+def test_structure_is_what_contents_of_tensors_do_not_change() -> None:
+    cond = {"text": torch.ones(2, 3), "pair": Pair(torch.zeros(2), [1, "x", None]), "scale": 2.0}
+    same = {"text": torch.zeros(2, 3), "pair": Pair(torch.ones(2), [1, "x", None]), "scale": 2.0}
+    assert structure(cond) == structure(same) and hash(structure(cond)) == hash(structure(same))
+    others = [{"text": torch.ones(3, 3)}, {"text": torch.ones(2, 3).half()}, {"text": None}, {"scale": 2},
+              {"pair": (torch.ones(2), [1, "x", None])}, {"more": None}]
+    for changed in others:
+        assert structure(cond) != structure(cond | changed)
+    unhashable = {"controller": {1, 2}}
+    assert structure(unhashable) == structure(unhashable) != structure({"controller": {1, 2}})
+
+
+def test_copies_are_made_leaf_by_leaf() -> None:
+    cond = {"text": torch.ones(2, 3), "pair": Pair(torch.ones(2), [torch.ones(1), "x"]), "scale": 2.0}
+    target = map_tensors(cond, torch.zeros_like)
+    assert isinstance(target["pair"], Pair) and target["scale"] == 2.0 and target["text"].sum() == 0
+    leaf = target["pair"].b[0]
+    copy_into(target, cond)
+    assert target["text"].sum() == 6 and target["pair"].a.sum() == 2 and leaf.item() == 1

@@ -135,6 +135,36 @@ def test_a_callback_sees_every_stage_and_can_stop() -> None:
     assert torch.equal(stopped, path[3]) and len(calls) == 3
 
 
+@pytest.mark.parametrize("steps, expected", [(1, range(8)), (3, [2, 5, 7]), (9, [7]), ([0, 4, 99], [0, 4]), ((), [])])
+def test_a_callback_is_called_at_chosen_stages(steps, expected) -> None:
+    seen = []
+    pydiff.sample(toy, SHAPE, steps=8, seed=0, callback=lambda info: seen.append(info.stage), callback_steps=steps)
+    assert seen == list(expected)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "5", [-1], [1.0]])
+def test_stages_that_cannot_be_chosen(wrong) -> None:
+    with pytest.raises(ValueError, match="callback_steps must be a number of stages of at least 1, or stage numbers"):
+        pydiff.sample(toy, SHAPE, steps=8, callback=print, callback_steps=wrong)
+
+
+def test_another_plan_for_a_call() -> None:
+    sampler = pydiff.Sampler(toy, "dpmpp_2m", 9, schedule=pydiff.VPCosine(), prediction="v_prediction")
+    other = pydiff.Sampler(toy, "ddim", 4, schedule=pydiff.VPCosine(), prediction="v_prediction")
+    plan = sampler.make_plan("ddim", 4)
+    assert plan == other.plan and len(sampler.make_plan("ddim")) == len(pydiff.Sampler(toy, "ddim").plan)
+    assert torch.equal(sampler(SHAPE, seed=3, plan=plan), other(SHAPE, seed=3))
+    rows = sampler(SHAPE, seed=3, plan=[plan, sampler.plan, plan])
+    assert torch.equal(rows[[0, 2]], other(SHAPE, seed=3)[[0, 2]])
+    assert torch.equal(rows[1], sampler(SHAPE, seed=3)[1])
+    with pytest.raises(TypeError, match="guidance_scale goes with one plan"):
+        sampler(SHAPE, plan=[plan] * 3, guidance_scale=2.0)
+    with pytest.raises(TypeError, match="x0 goes with one plan"):
+        sampler(SHAPE, plan=[plan] * 3, x0=torch.zeros(SHAPE))
+    with pytest.raises(ValueError, match="plan must be a Plan .* or one for each of the 3 rows"):
+        sampler(SHAPE, plan=[plan])
+
+
 def test_a_progress_bar_goes_to_stderr(capsys) -> None:
     pydiff.sample(toy, SHAPE, steps=4, seed=0, progress=True)
     out, err = capsys.readouterr()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pydiff.conditions import copy_into
 from pydiff.optimize.parts import unhooked
 from pydiff.optimize.swap import Fused, is_fused, not_ready
 
@@ -97,21 +98,31 @@ class HoistedModel:
 
     @torch.no_grad()
     def __init__(self, model: Any, times: Tensor, cond: Mapping[str, Any] | None = None, batch: int = 1):
-        cond = dict(cond or {})
-        _check(model, times, cond)
-        self.model, self.cond = model, model.hoist_condition(cond)
-        entering = model.embedding_condition(cond)
+        self._given = dict(cond or {})
+        _check(model, times, self._given)
+        self.cond = model.hoist_condition(self._given)
+        entering = model.embedding_condition(self._given)
         if not all(isinstance(v, Tensor) for v in entering.values()):
             raise CannotHoist(f"not all of {', '.join(entering)} are tensors")
-        stages = times.shape[0]
+        self.model, self._times, self._batch = model, times, batch
         self.rows = batch if entering else 1
-        _check_size(model, (stages + 1) * self.rows)
+        _check_size(model, (times.shape[0] + 1) * self.rows)
+        self.table = self._computed_table()
+        self._row = torch.arange(self.rows, dtype=torch.int32, device=times.device)
+
+    def _computed_table(self) -> Tensor:
+        times, stages = self._times, self._times.shape[0]
         # One more row than stages: rows of the batch that have finished stand there, and no index needs a clamp.
         padded = torch.cat([times, times.narrow(0, stages - 1, 1)])
-        repeated = {k: v.expand(batch, *v.shape[1:]).repeat(stages + 1, *([1] * (v.ndim - 1)))
+        entering = self.model.embedding_condition(self._given)
+        repeated = {k: v.expand(self._batch, *v.shape[1:]).repeat(stages + 1, *([1] * (v.ndim - 1)))
                     for k, v in entering.items()}
-        self.table = model.hoist_times(padded.repeat_interleave(self.rows), repeated)
-        self._row = torch.arange(self.rows, dtype=torch.int32, device=times.device)
+        return self.model.hoist_times(padded.repeat_interleave(self.rows), repeated)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Compute again, from what the given times and condition now hold, into the same memory."""
+        copy_into([self.table, self.cond], [self._computed_table(), self.model.hoist_condition(self._given)])
 
     def __call__(self, x: Tensor, stage: Tensor) -> Tensor:
         """The model's output for x [batch, ...] at stage indices [R] int32, batch being a multiple of R."""

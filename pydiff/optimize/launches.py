@@ -24,28 +24,29 @@ own transforms, a mask or a head dimension that a backend pads.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import importlib
 import inspect
 import pkgutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pydiff import ops
+from pydiff.fake_cuda import ReentrantMode, fake_cuda, fake_mode, is_fake
+from pydiff.fake_cuda_functions import contiguous
 
-T = TypeVar("T")
+__all__ = ["Launches", "count_launches", "fake_cuda"]
+
 aten = torch.ops.aten
 ATTENTION = "scaled_dot_product_attention"
 COPIES = (aten._to_copy, aten.copy_)
@@ -81,60 +82,10 @@ def count_launches(function: Callable[..., Any], *args: Any, **kwargs: Any) -> L
     kinds of device take part, what runs on the host is not counted.
     """
     count = _Count()
-    fake = _fake_mode() if _is_fake((function, args, kwargs)) else contextlib.nullcontext()
+    fake = fake_mode() if is_fake((function, args, kwargs)) else contextlib.nullcontext()
     with torch.no_grad(), fake, _Operators(count), _Functions(count):
         function(*args, **kwargs)
     return count.found["cuda"] if count.found["cuda"].total else count.found["cpu"]
-
-
-def fake_cuda(value: T) -> T:
-    """A copy of a tensor, a module, or a list, tuple or dict of them, whose tensors are fake ones on ``cuda:0``.
-
-    The original, on the meta device or the CPU, stays as it is, and no memory is taken for the copy's parameters.
-    """
-    return pytree.tree_map(_fake_leaf, value)
-
-
-@functools.cache
-def _fake_mode() -> FakeTensorMode:
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def _fake_leaf(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return _fake_tensor(leaf)
-    if not isinstance(leaf, nn.Module):
-        return leaf
-    memo: dict[int, Any] = {}
-    for module in leaf.modules():
-        for tensor in pytree.tree_leaves([vars(module), vars(module)["_parameters"], vars(module)["_buffers"]]):
-            if isinstance(tensor, nn.Parameter):
-                memo[id(tensor)] = nn.Parameter(_fake_tensor(tensor), tensor.requires_grad)
-            elif isinstance(tensor, Tensor):
-                memo[id(tensor)] = _fake_tensor(tensor)
-    return copy.deepcopy(leaf, memo)
-
-
-def _fake_tensor(tensor: Tensor) -> Tensor:
-    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    mode = _fake_mode()
-    with mode:
-        return FakeTensor(mode, meta, torch.device("cuda", 0))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Tensors in arguments, modules, bound methods, partial functions and closures."""
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif isinstance(leaf, nn.Module):
-            yield from (*leaf.parameters(), *leaf.buffers())
-        elif isinstance(leaf, functools.partial):
-            yield from _tensors((leaf.func, leaf.args, leaf.keywords))
-        elif inspect.ismethod(leaf):
-            yield from _tensors((leaf.__self__,))
-        elif inspect.isfunction(leaf):
-            yield from _tensors(list(inspect.getclosurevars(leaf).nonlocals.values()))
 
 
 # ---------------------------------------------------------------------------- the rules
@@ -223,9 +174,9 @@ def _device_types(value: Any) -> set[str]:
 def _laid_out(operator: Any, args: Any, result: Any) -> Any:
     """A fake result with the strides that the CUDA kernel gives it, where those of the fake operator may differ."""
     if operator is aten.convolution and isinstance(result, FakeTensor):
-        return _contiguous(result, memory_format=_runs_in(*args[:2]))
+        return contiguous(result, memory_format=_runs_in(*args[:2]))
     if operator in (aten.native_group_norm, aten.native_layer_norm) and isinstance(result[0], FakeTensor):
-        return (_contiguous(result[0]), *result[1:])
+        return (contiguous(result[0]), *result[1:])
     return result
 
 
@@ -268,54 +219,18 @@ class _Operators(TorchDispatchMode):
         return _laid_out(operator.overloadpacket, args, result)
 
 
-class _Functions(TorchFunctionMode):
-    """Counts `scaled_dot_product_attention` as one kernel, in place of the operators it is made of without CUDA.
-
-    For fake CUDA tensors the methods are spelt out for which a torch without CUDA finds no device guard.
-    """
+class _Functions(ReentrantMode):
+    """Counts `scaled_dot_product_attention` as one kernel, in place of the operators it is made of without CUDA."""
 
     def __init__(self, count: _Count):
         super().__init__()
         self.count = count
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is Tensor.__getitem__ and isinstance(args[0], FakeTensor):
-            return _index(*args)
-        if function is Tensor.contiguous and isinstance(args[0], FakeTensor):
-            return _contiguous(*args, **kwargs)
+    def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if function is not F.scaled_dot_product_attention or self.count.inside:
             return function(*args, **kwargs)
         self.count.add(ATTENTION, 1, _device_types((args, kwargs)))
-        return self.count.run(_attention if _is_fake(args) else function, args, kwargs)
-
-
-def _contiguous(x: Tensor, *, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    return x if x.is_contiguous(memory_format=memory_format) else x.clone(memory_format=memory_format)
-
-
-def _index(x: Tensor, index: Any) -> Tensor:
-    """``x[index]`` out of operators."""
-    given = index if isinstance(index, tuple) else (index,)
-    skipped = x.dim() - sum(i is not None and i is not Ellipsis for i in given)
-    gathered: dict[int, Tensor] = {}
-    dim = 0
-    for i in given:
-        if isinstance(i, int):
-            x = x.select(dim, i)
-            continue
-        if i is None:
-            x = x.unsqueeze(dim)
-        elif isinstance(i, slice):
-            x = aten.slice(x, dim, i.start, i.stop, 1 if i.step is None else i.step)
-        elif i is not Ellipsis:
-            gathered[dim] = i if isinstance(i, Tensor) else torch.tensor(i, device=x.device)
-        dim += skipped if i is Ellipsis else 1
-    return aten.index(x, [gathered.get(k) for k in range(dim)]) if gathered else x
-
-
-def _is_fake(value: Any) -> bool:
-    return any(isinstance(t, FakeTensor) for t in _tensors(value))
+        return self.count.run(_attention if is_fake(args) else function, args, kwargs)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:

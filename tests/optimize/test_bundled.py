@@ -12,7 +12,7 @@ import pydiff
 from pydiff.models import UNet, load_model
 from pydiff.models.unet import Block, ResBlock, SelfAttention
 from pydiff.optimize import bundled
-from pydiff.optimize.hoisting import Hoistable
+from pydiff.optimize.hoisting import Hoistable, HoistedModel
 from tests.optimize import checks
 
 
@@ -89,6 +89,18 @@ def test_samples_of_the_trained_model(hoist: bool, options: dict[str, float]) ->
         samples.append(pydiff.Sampler(model, steps=6, **options)((2, 1, 28, 28), **arguments))
     assert checks.relative(samples[1], samples[0]) < 1e-4
     assert samples[0].std() > 0.1
+
+
+def test_hoisted_tables_are_computed_again_in_place() -> None:
+    model = pydiff.optimize(pydiff.load_model("mnist"))
+    times, cond = torch.tensor([0.9, 0.5, 0.1]), {"labels": torch.tensor([3, 4])}
+    hoisted = HoistedModel(model, times, cond, batch=2)
+    before, address = hoisted.table.clone(), hoisted.table.data_ptr()
+    times.copy_(torch.tensor([0.8, 0.4, 0.2]))
+    cond["labels"].copy_(torch.tensor([7, 8]))
+    hoisted.update()
+    assert hoisted.table.data_ptr() == address and not torch.equal(hoisted.table, before)
+    assert torch.equal(hoisted.table, HoistedModel(model, times, cond, batch=2).table)
 
 
 def test_everything_is_replaced() -> None:

@@ -1,0 +1,207 @@
+"""CUDA graphs as the captured loop uses them: what a backend has to offer, and torch's own as that.
+
+Tests put a backend of their own in its place, which records operators on the CPU and repeats them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+
+from pydiff import _native
+
+TIMED_RUNS = 5
+
+
+class Graph(Protocol):
+    """Work captured once."""
+
+    def replay(self) -> None:
+        """Enqueue the work on the current stream."""
+
+    def release(self) -> None:
+        """Give its memory back to the pool."""
+
+
+class Backend(Protocol):
+    """Where graphs come from."""
+
+    def available(self, device: torch.device) -> tuple[bool, str]:
+        """Whether work on a device can be captured, and if not, why."""
+
+    def capturing(self, device: torch.device) -> bool:
+        """Whether the current stream of a device is being captured by somebody."""
+
+    def warm_up(self, function: Callable[[], Any], device: torch.device) -> None:
+        """Run a function on the stream that captures, the current stream before and after it."""
+
+    def watch(self) -> contextlib.AbstractContextManager[Any]:
+        """Gives a `pydiff.graph.watch.Watch`, or something like it, of what runs inside."""
+
+    def capture(self, function: Callable[[], Any], device: torch.device, pool: Any, keep: bool = False) -> Graph:
+        """The work a function enqueues, which is not carried out. What the function raises is raised.
+
+        keep: a `device_loop` will be built around it.
+        """
+
+    def device_loop(self, graph: Graph, cursor: torch.Tensor, stop: torch.Tensor, remaining: torch.Tensor) -> Graph:
+        """The WHILE loop around a graph that was kept: see `pydiff.graph.device_loop`. Raises where there is none."""
+
+    def new_pool(self, device: torch.device) -> Any:
+        """Memory that the graphs of one sampler share."""
+
+    def memory(self, device: torch.device) -> int:
+        """Bytes that torch holds of a device."""
+
+    def random_offset(self, device: torch.device) -> int:
+        """How far torch's generator of a device has come."""
+
+    def microseconds(self, function: Callable[[], Any], device: torch.device) -> float:
+        """Time from an idle device until a function's work is done, the host's part included."""
+
+    def wait(self, last: Any) -> None:
+        """Until what `last` marks is done; None marks nothing."""
+
+    def ordered(self, device: torch.device, last: Any) -> contextlib.AbstractContextManager[Callable[[], Any]]:
+        """Let the current stream wait for what `last` marks; gives a function that marks the end of what follows."""
+
+
+_one_capture = threading.Lock()  # at a time in the process: a capture of another thread would disturb it
+
+
+class CudaGraph:
+    """A `torch.cuda.CUDAGraph`. It replays on the device it was captured on, whichever is current."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph):
+        self.raw = graph
+
+    def replay(self) -> None:
+        self.raw.replay()
+
+    def release(self) -> None:
+        self.raw.reset()
+
+
+class CudaGraphs:
+    """`Backend` of CUDA devices."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def available(self, device: torch.device) -> tuple[bool, str]:
+        if device.type != "cuda":
+            return False, f"CUDA graphs need a CUDA device, the samples are on {device}"
+        if torch.version.hip:
+            return False, "this torch is built for ROCm, on which this was never tried"
+        if "graph" in _native._disabled:
+            return False, "PYDIFF_DISABLE names graph"
+        return torch.cuda.is_available(), "torch sees no CUDA device"
+
+    def capturing(self, device: torch.device) -> bool:
+        with torch.cuda.device(device):
+            return torch.cuda.is_current_stream_capturing()
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+    def warm_up(self, function: Callable[[], Any], device: torch.device) -> None:
+        side, current = self._stream(device), torch.cuda.current_stream(device)
+        side.wait_stream(current)
+        with torch.cuda.device(device), torch.cuda.stream(side):
+            function()
+        current.wait_stream(side)
+
+    def watch(self) -> contextlib.AbstractContextManager[Any]:
+        from pydiff.graph.watch import Watch
+
+        return Watch()
+
+    def capture(self, function: Callable[[], Any], device: torch.device, pool: Any, keep: bool = False) -> Graph:
+        graph = torch.cuda.CUDAGraph(keep_graph=True) if keep else torch.cuda.CUDAGraph()
+        failure: list[BaseException] = []
+
+        def body() -> None:
+            try:
+                function()
+            except BaseException as error:
+                failure.append(error)
+                raise
+
+        try:
+            # The outer stream context puts the current stream back where the end of a broken capture raises, too.
+            # thread_local: other threads of a server go on allocating and copying meanwhile.
+            with _one_capture, _no_collection(), torch.cuda.stream(torch.cuda.current_stream(device)), \
+                    torch.cuda.graph(graph, pool=pool, stream=self._stream(device), capture_error_mode="thread_local"):
+                body()
+            if keep:
+                graph.instantiate()
+        except BaseException as error:
+            _close_pool(device, pool)
+            # The end of a broken capture raises an error of its own, which says nothing of the cause.
+            raise (failure or [error])[0] from None
+        return CudaGraph(graph)
+
+    def device_loop(self, graph: Any, cursor: torch.Tensor, stop: torch.Tensor, remaining: torch.Tensor) -> Graph:
+        from pydiff.graph.device_loop import DeviceLoop
+
+        return DeviceLoop(graph.raw, cursor, stop, remaining)
+
+    def new_pool(self, device: torch.device) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def memory(self, device: torch.device) -> int:
+        return torch.cuda.memory_reserved(device)
+
+    def random_offset(self, device: torch.device) -> int:
+        return torch.cuda.default_generators[device.index].get_offset()
+
+    def microseconds(self, function: Callable[[], Any], device: torch.device) -> float:
+        times = []
+        for _ in range(TIMED_RUNS + 1):
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            function()
+            torch.cuda.synchronize(device)
+            times.append(1e6 * (time.perf_counter() - start))
+        return statistics.median(times[1:])
+
+    def wait(self, last: Any) -> None:
+        if last is not None:
+            last.synchronize()
+
+    @contextlib.contextmanager
+    def ordered(self, device: torch.device, last: Any) -> Iterator[Callable[[], Any]]:
+        stream = torch.cuda.current_stream(device)
+        if last is not None:
+            stream.wait_event(last)
+        yield stream.record_event
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection meanwhile: it could free another graph or event, which a capture forbids."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _close_pool(device: torch.device, pool: Any) -> None:
+    """In some versions torch's allocator goes on recording to the pool of a broken capture; no public call ends it."""
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    if end is not None:
+        with contextlib.suppress(RuntimeError, TypeError):
+            end(device.index, pool)

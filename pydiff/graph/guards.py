@@ -1,0 +1,249 @@
+"""What a captured graph takes for granted: the model it was captured from, and torch's settings.
+
+A graph repeats the addresses, numbers and branches of its capture. Values written into parameters in place are read
+anew by every replay, and so is all that lies in the loop's own buffers; everything else must be as it was. A guard
+remembers it and compares before each replay: storage and dtype of every parameter and buffer, which modules there are,
+their hooks, and the plain attributes (numbers, flags, LoRA scales) of modules and of the objects they hold.
+
+Not seen: global variables, and what lies deeper in objects than `DEPTH`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, islice
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+DEPTH = 3
+_DTYPE = operator.attrgetter("dtype")
+_SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_CALLABLES = (BuiltinFunctionType, FunctionType, MethodType, ModuleType)
+# Of torch's own entries in a module's `__dict__`, those that change what a call does.
+_OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
+_WATCHED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+
+
+def settings(device: torch.device) -> tuple[Any, ...]:
+    """Torch's switches that change which kernels a call launches. Grad mode is none: the loop always runs without."""
+    kind = device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return (autocast, torch.get_float32_matmul_precision(), cudnn.enabled, cudnn.allow_tf32, cudnn.benchmark,
+            matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction,
+            torch.are_deterministic_algorithms_enabled())
+
+
+class Guard:
+    """A model as it is now, to be compared with what it is later."""
+
+    def __init__(self, model: Any):
+        self._dicts: list[dict[Any, Any]] = []  # compared by the identity of their values
+        self._dict_names: list[str] = []
+        self._empty: list[tuple[str, dict[Any, Any]]] = []  # dictionaries that must stay so
+        self._live: list[Any] = []  # containers of plain values, and
+        self._kept: list[Any] = []  # what was in them
+        self._names: list[str] = []  # of these
+        self._fields: list[tuple[str, Callable[[Any], Any], Any]] = []  # attributes and closures: name, getter, holder
+        self._holders: list[dict[str, Any]] = []  # that must not get further attributes
+        self._holder_names: list[str] = []
+        self._tensors: dict[int, tuple[str, Tensor]] = {}
+        self._seen: set[int] = set()
+        self._visit("model", model, DEPTH)
+        tensors = [tensor for _, tensor in self._tensors.values()]
+        self._plain = [t for t in tensors if type(t) in (Tensor, nn.Parameter)]
+        self._wrapped = [t for t in tensors if type(t) not in (Tensor, nn.Parameter)]
+        self._sizes = [*map(len, self._dicts)]
+        self._empty_dicts = [container for _, container in self._empty]
+        self._state = self._now()
+
+    def holds(self) -> bool:
+        """Whether nothing has changed that a graph would not see."""
+        try:
+            return not any(self._empty_dicts) and self._live == self._kept and self._now() == self._state
+        except Exception:  # a comparison that cannot be made (of two arrays, say) compares what is not the same
+            return False
+
+    def difference(self) -> str:
+        """The first thing that changed, in words; empty if nothing did."""
+        for name, live, kept in zip(self._names, self._live, self._kept):
+            if not _same(live, kept):
+                return _container_difference(name, live, kept)
+        for name, container in self._empty:
+            if container:
+                return f"{name}: a hook, a module or a weight was added"
+        now, before = self._now(), self._state
+        members = iter(before.members)
+        for name, container, size in zip(self._dict_names, self._dicts, self._sizes):
+            changed = _member_difference(container, [*islice(members, size)])
+            if changed:
+                return f"{name}{changed}"
+        for (name, _, holder), a, b in zip(self._fields, now.fields, before.fields):
+            if not _same(a, b):
+                return f"an attribute of {name} changed ({_attribute_difference(holder, a, b)})"
+        for name, a, b in zip(self._holder_names, now.sizes, before.sizes):
+            if a != b:
+                return f"{name} has {a} attributes and had {b}"
+        named = {id(tensor): name for name, tensor in self._tensors.values()}
+        memory = zip(zip(now.addresses, now.dtypes), zip(before.addresses, before.dtypes))
+        for tensor, (a, b) in zip(self._plain, memory):
+            if a != b:
+                return f"{named[id(tensor)]} was given other memory"
+        return "a tensor subclass among the weights was given other memory" if now != before else ""
+
+    def _now(self) -> _Snapshot:
+        return _Snapshot(
+            [*map(id, chain.from_iterable(map(dict.values, self._dicts)))],
+            [getter(holder) for _, getter, holder in self._fields], [*map(len, self._holders)],
+            [*map(Tensor.data_ptr, self._plain)], [*map(_DTYPE, self._plain)], [_addresses(t) for t in self._wrapped])
+
+    def _visit(self, name: str, value: Any, depth: int) -> None:
+        if isinstance(value, _SCALARS) or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, Tensor):
+            self._tensors[id(value)] = (name, value)
+        elif isinstance(value, nn.Module):
+            self._visit_module(name, value)
+        elif depth > 0:
+            if type(value) in (dict, list, set):
+                self._watch(name, value)
+            for label, item in _parts(name, value):
+                self._visit(label, item, depth - 1)
+            if isinstance(value, FunctionType) and value.__closure__:
+                self._fields.append((name, _contents, value))
+            if _is_object(value):
+                self._watch_fields(name, vars(value), list(vars(value)), depth)
+
+    def _watch(self, name: str, container: Any) -> None:
+        """Numbers by what they are, so that an equal one is no change; tensors, whose == is none, by identity."""
+        items = container.values() if isinstance(container, dict) else container
+        if not any(isinstance(item, Tensor) for item in items):
+            self._names.append(name)
+            self._live.append(container)
+            self._kept.append(container.copy())
+        elif isinstance(container, dict):
+            self._dicts.append(container)
+            self._dict_names.append(name)
+        else:
+            self._fields.append((name, _identities, container))
+
+    def _visit_module(self, name: str, module: nn.Module) -> None:
+        own = vars(module)
+        for container in (own[entry] for entry in _WATCHED):
+            if container:
+                self._dicts.append(container)
+                self._dict_names.append(name)
+            else:
+                self._empty.append((name, container))
+        self._watch_fields(name, own, [key for key in own if key not in _OF_TORCH], DEPTH)
+        for group in ("_parameters", "_buffers", "_modules"):
+            for key, item in own[group].items():
+                self._visit(f"{name}.{key}", item, DEPTH)
+
+    def _watch_fields(self, name: str, holder: dict[str, Any], keys: list[str], depth: int) -> None:
+        self._holders.append(holder)
+        self._holder_names.append(name)
+        plain = [key for key in keys if not isinstance(holder[key], Tensor)]
+        if plain:
+            self._fields.append((name, operator.itemgetter(*plain), holder))
+        for key in keys:
+            if isinstance(holder[key], Tensor):
+                self._fields.append((f"{name}.{key}", partial(_identity, key), holder))
+            self._visit(f"{name}.{key}", holder[key], depth - 1)
+
+
+class _Snapshot(NamedTuple):
+    members: list[int]
+    fields: list[Any]
+    sizes: list[int]
+    addresses: list[int]
+    dtypes: list[torch.dtype]
+    wrapped: list[Any]
+
+
+def _identity(key: str, holder: dict[str, Any]) -> int:
+    return id(holder[key])
+
+
+def _identities(container: Any) -> list[int]:
+    return [*map(id, container)]
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a value is an object of somebody's class, whose attributes say what it does."""
+    return hasattr(value, "__dict__") and not isinstance(value, (type, *_CALLABLES)) \
+        and type(value).__module__ not in ("builtins", "threading", "logging", "collections")
+
+
+def _contents(function: Any) -> list[Any]:
+    """The values of the variables that a function has from around it."""
+    return [cell.cell_contents for cell in function.__closure__]
+
+
+def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What a container, function, partial or bound method holds."""
+    if isinstance(value, dict):
+        yield from ((f"{name}[{key!r:.40}]", item) for key, item in list(value.items()))
+    elif isinstance(value, (list, tuple)):
+        yield from ((f"{name}[{k}]", item) for k, item in enumerate(value))
+    elif isinstance(value, partial):
+        yield from _parts(name, [value.func, *value.args, *value.keywords.values()])
+    elif isinstance(value, MethodType):
+        yield from ((name, part) for part in (value.__self__, value.__func__))
+    elif isinstance(value, FunctionType) and value.__closure__:
+        yield from zip(value.__code__.co_freevars, _contents(value))
+
+
+def _addresses(tensor: Tensor) -> tuple[Any, ...]:
+    """The memory of a tensor subclass: of the tensors it wraps where it says which."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        return tuple(address for name in names for address in _addresses(getattr(tensor, name)))
+    try:
+        return tensor.data_ptr(), tensor.dtype
+    except RuntimeError:
+        return id(tensor), tensor.dtype
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return bool([a] == [b])
+    except Exception:
+        return False
+
+
+def _container_difference(name: str, live: Any, kept: Any) -> str:
+    if isinstance(live, dict) and isinstance(kept, dict):
+        for key in dict.fromkeys([*kept, *live]):
+            if key not in live or key not in kept or not _same(live[key], kept[key]):
+                return f"{name}.{key} was replaced" if isinstance(key, str) else f"an entry of {name} was replaced"
+    return f"{name} changed"
+
+
+def _member_difference(container: dict[Any, Any], before: list[int]) -> str:
+    now = [*map(id, container.values())]
+    if now == before:
+        return ""
+    changed = [key for key, a, b in zip(container, now, before) if a != b] if len(now) == len(before) else []
+    if changed and isinstance(changed[0], str):
+        return f".{changed[0]} was replaced"
+    return ": a hook, a module or a weight was added, removed or replaced"
+
+
+def _attribute_difference(holder: Any, now: Any, before: Any) -> str:
+    if not isinstance(holder, (dict, FunctionType)):
+        return "an entry was replaced"
+    if isinstance(holder, FunctionType):
+        names: Any = holder.__code__.co_freevars
+    else:
+        names = [k for k in holder if k not in _OF_TORCH and not isinstance(holder[k], Tensor)]
+    if isinstance(now, (tuple, list)) and isinstance(before, (tuple, list)) and len(now) == len(names):
+        changed = ((key, a, b) for key, a, b in zip(names, now, before) if not _same(a, b))
+        return next((f"{key}: {b!r:.40} became {a!r:.40}" for key, a, b in changed), "")
+    return f"{before!r:.40} became {now!r:.40}"
