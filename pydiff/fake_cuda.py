@@ -16,7 +16,7 @@ from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -32,8 +32,9 @@ def fake_cuda(value: T) -> T:
     """A copy of a tensor, or of anything that holds tensors, in which every tensor is a fake one on ``cuda:0``.
 
     Modules, functions with what they refer to, `functools.partial`, bound methods, objects with attributes, and lists,
-    tuples and dicts of them. What is shared stays shared. The originals, on whatever device, stay as they are, and no
-    memory is taken for the copy's parameters. Raises `TypeError` for an object that cannot be copied.
+    tuples and dicts of them; what was compiled is copied as it was before. What is shared stays shared. The originals,
+    on whatever device, stay as they are, and no memory is taken for the copy's parameters. Raises `TypeError` for an
+    object that cannot be copied.
     """
     with _one_thread, _Faking():
         return _copied(value, {})
@@ -106,6 +107,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _copied_leaf(leaf: Any, memo: dict[int, Any]) -> Any:
+    leaf = _as_written(leaf)
     if id(leaf) in memo:
         return memo[id(leaf)]
     if isinstance(leaf, FunctionType):
@@ -122,6 +124,13 @@ def _copied_leaf(leaf: Any, memo: dict[int, Any]) -> Any:
         raise TypeError(f"{type(leaf).__name__} cannot be copied: {error}") from error
     _copy_functions_within(made, memo, set())
     return made
+
+
+def _as_written(leaf: Any) -> Any:
+    """What torch.compile was given, for what it returned."""
+    if isinstance(leaf, FunctionType):
+        return getattr(leaf, "_torchdynamo_orig_callable", leaf)
+    return getattr(leaf, "_orig_mod", leaf) if isinstance(leaf, nn.Module) else leaf
 
 
 def _copy_functions_within(holder: Any, memo: dict[int, Any], seen: set[int]) -> None:
@@ -176,7 +185,7 @@ def _globals(function: FunctionType) -> dict[str, Any]:
     there = function.__globals__
     if str(there.get("__name__")).split(".")[0] == "torch":
         return {}
-    found = {name: there[name] for name in _names(function.__code__) if name in there}
+    found = {name: _as_written(there[name]) for name in _names(function.__code__) if name in there}
     return {name: value for name, value in found.items()
             if not isinstance(value, (type, ModuleType))
             and not (isinstance(value, FunctionType) and value.__globals__ is not there)}
@@ -247,8 +256,8 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if shape_depends_on_values(operation, args, kwargs):
-            return plausible(operation, args, kwargs)
+            return plausible(operation, args)
         try:
             return operation(*args, **kwargs)
         except DataDependentOutputException:
-            return plausible(operation, args, kwargs)
+            return plausible(operation, args)

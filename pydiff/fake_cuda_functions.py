@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
@@ -66,7 +67,7 @@ def _indexed(x: Tensor, index: Any) -> tuple[Tensor, list[Any]]:
         if i is None or isinstance(i, bool):
             x = x.unsqueeze(dim)
         elif isinstance(i, slice):
-            start, stop, step = (None if end is None else operator.index(end) for end in (i.start, i.stop, i.step))
+            start, stop, step = (end.item() if isinstance(end, Tensor) else end for end in (i.start, i.stop, i.step))
             x = aten.slice(x, dim, start, stop, 1 if step is None else step)
         covered = skipped if i is Ellipsis else max(_dimensions(i), 1)
         indices += [i] if isinstance(i, Tensor) else [None] * covered
@@ -126,7 +127,7 @@ def _numpy(x: Tensor, *, force: bool = False) -> np.ndarray:
     if x.device.type == "cuda" and not force:
         raise TypeError("can't convert a CUDA tensor to numpy: use Tensor.cpu() first")
     shape, dtype = x.cpu().shape, x.dtype
-    with unset_fake_temporarily():
+    with _disable_current_modes():
         return torch.ones(shape, dtype=dtype).numpy()
 
 
@@ -138,6 +139,7 @@ ON_CUDA: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: _get_item, Tensor.__setitem__: _set_item, Tensor.contiguous: contiguous,
     Tensor.nonzero: _nonzero, torch.nonzero: _nonzero, Tensor.new_tensor: _new_tensor,
     Tensor.copy_: lambda x, source, non_blocking=False: aten.copy_(x, source, non_blocking),
+    Tensor.__invert__: aten.bitwise_not,
     Tensor.__int__: lambda x: int(x.item()), Tensor.__index__: lambda x: operator.index(x.item()),
     Tensor.__float__: lambda x: float(x.item()), Tensor.__complex__: lambda x: complex(x.item()),
 }
@@ -153,8 +155,8 @@ ANYWHERE: dict[Any, Callable[..., Any]] = {
 def shape_depends_on_values(operation: Any, args: Any, kwargs: Any) -> bool:
     """Whether the shape of what an operator returns, or writes, is known to the device alone.
 
-    torch tags such operators, some of them too generously: a tensor of integers as an index, or repetitions and classes
-    whose number is given, have nothing to ask the device for.
+    torch tags such operators, some too generously: a tensor of integers as an index, or repetitions whose sum is given,
+    have nothing to ask the device for.
     """
     packet = operation.overloadpacket
     if packet in _ASSIGNMENTS:
@@ -163,13 +165,11 @@ def shape_depends_on_values(operation: Any, args: Any, kwargs: Any) -> bool:
         return False
     if packet is aten.index:
         return any(map(is_mask, args[1]))
-    if packet is aten.repeat_interleave:
-        return _argument(operation, args, kwargs, "output_size") is None
-    return packet is not aten.one_hot or _argument(operation, args, kwargs, "num_classes") < 0
+    return packet is not aten.repeat_interleave or kwargs.get("output_size") is None
 
 
-def plausible(operation: Any, args: Any, kwargs: Any) -> Any:
-    """A result, or its fake, that an operator might have whose result nobody can know: ones, and masks all true.
+def plausible(operation: Any, args: Any) -> Any:
+    """A result, or its fake, that an operator might have that depends on values: ones, and masks all true.
 
     Raises `NotImplementedError` for an operator that it does not know.
     """
@@ -193,9 +193,7 @@ def plausible(operation: Any, args: Any, kwargs: Any) -> Any:
     if packet is aten.repeat_interleave:
         return _long(x, *x.shape)
     if packet is aten.bincount:
-        return _long(x, max(_argument(operation, args, kwargs, "minlength"), 1))
-    if packet is aten.one_hot:
-        return _long(x, *x.shape, max(_argument(operation, args, kwargs, "num_classes"), 1))
+        return _long(x, max(args[2] if len(args) > 2 else 0, 1))
     raise NotImplementedError(f"what {operation} returns depends on values")
 
 
@@ -206,11 +204,3 @@ def _all_of(index: Tensor | None) -> list[Tensor | None]:
 
 def _long(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.int64)
-
-
-def _argument(operation: Any, args: Any, kwargs: Any, name: str) -> Any:
-    """The value of an operator's argument, its default where it is not given."""
-    for position, argument in enumerate(operation._schema.arguments):
-        if argument.name == name:
-            return args[position] if position < len(args) else kwargs.get(name, argument.default_value)
-    raise KeyError(name)

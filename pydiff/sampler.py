@@ -61,7 +61,8 @@ class Sampler:
     @property
     def _parameter(self) -> torch.Tensor | None:
         """The model's first parameter, which says where the model is now and in what dtype."""
-        return next(self.model.parameters(), None) if isinstance(self.model, torch.nn.Module) else None
+        modules = self.model.modules() if isinstance(self.model, torch.nn.Module) else ()
+        return next((p for module in modules for p in module._parameters.values() if p is not None), None)
 
     @property
     def device(self) -> torch.device:
@@ -113,7 +114,8 @@ class Sampler:
             if self.graphs is None or seed is None or x0 is not None:
                 x = self._first(plans, shape, seeds, where, generator, x0)
         if self.graphs is not None:
-            result = self.graphs(make_request(plans, self.model, x, shape=shape, device=where, seed=seed, **options))
+            fresh = {"seeds": seeds} if x is None else {"seed": seed}
+            result = self.graphs(make_request(plans, self.model, x, shape=shape, device=where, **fresh, **options))
             if result is not NotImplemented:
                 return result
         if x is None:

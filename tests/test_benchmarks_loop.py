@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pydiff
-from benchmarks import loop, loop_gaps, loop_models, loop_rivals, loop_ways
+from benchmarks import captured_call, loop, loop_gaps, loop_models, loop_rivals, loop_ways
 from benchmarks.harness import NotMeasured, Timing
 from benchmarks.loop_gaps import Event
 
@@ -290,3 +290,11 @@ def test_the_loop_benchmark_on_a_gpu(tmp_path):
     for name in ("diffusers graph", "pydiff", "pydiff stage", "pydiff loop", "pydiff auto"):
         assert ways[name]["sample"]["host_median_us"] > 0, (name, ways[name])
         assert ways[name]["device"]["events"] > 20 * 10, (name, ways[name]["device"])
+
+
+def test_the_host_part_of_a_captured_call_is_measured_without_a_gpu(tmp_path):
+    result = captured_call.main(["--quick", "--out", str(tmp_path / "call.json")])
+    assert json.loads((tmp_path / "call.json").read_text()) == json.loads(json.dumps(result))
+    models = captured_call.CALLED
+    names = {f"call, {key}" for key in models} | {f"guard, {key}" for key in (*models, "sd15")}
+    assert set(result["rows"]) == names and all(row["median_us"] > 0 for row in result["rows"].values())

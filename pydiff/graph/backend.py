@@ -18,6 +18,8 @@ import torch
 from pydiff import _native
 
 TIMED_RUNS = 5
+ENOUGH_SECONDS = 2.0
+"""After which no further run is timed."""
 
 
 class Graph(Protocol):
@@ -66,14 +68,28 @@ class Backend(Protocol):
     def microseconds(self, function: Callable[[], Any], device: torch.device) -> float:
         """Time from an idle device until a function's work is done, the host's part included."""
 
-    def wait(self, last: Any) -> None:
-        """Until what `last` marks is done; None marks nothing."""
+    def ordered(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """For a run of replays: on the device it comes after those before it, whatever thread and stream they had."""
 
-    def ordered(self, device: torch.device, last: Any) -> contextlib.AbstractContextManager[Callable[[], Any]]:
-        """Let the current stream wait for what `last` marks; gives a function that marks the end of what follows."""
+    def wait(self, device: torch.device) -> None:
+        """Until the runs so far are done."""
 
 
 _one_capture = threading.Lock()  # at a time in the process: a capture of another thread would disturb it
+
+
+class _Order:
+    """The runs of all graphs that were captured on one stream, one after the other.
+
+    cuBLAS has one workspace for a stream, so that graphs of several samplers may share it, torch having few streams.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.last: torch.cuda.Event | None = None
+
+
+_orders: dict[int, _Order] = {}  # by the stream's handle
 
 
 class CudaGraph:
@@ -126,6 +142,7 @@ class CudaGraphs:
         return Watch()
 
     def capture(self, function: Callable[[], Any], device: torch.device, pool: Any, keep: bool = False) -> Graph:
+        keep = keep and hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph")  # torch 2.8
         graph = torch.cuda.CUDAGraph(keep_graph=True) if keep else torch.cuda.CUDAGraph()
         failure: list[BaseException] = []
 
@@ -165,25 +182,33 @@ class CudaGraphs:
         return torch.cuda.default_generators[device.index].get_offset()
 
     def microseconds(self, function: Callable[[], Any], device: torch.device) -> float:
-        times = []
-        for _ in range(TIMED_RUNS + 1):
+        times: list[float] = []
+        while len(times) < 2 or (len(times) <= TIMED_RUNS and sum(times) < ENOUGH_SECONDS):
             torch.cuda.synchronize(device)
             start = time.perf_counter()
             function()
             torch.cuda.synchronize(device)
-            times.append(1e6 * (time.perf_counter() - start))
-        return statistics.median(times[1:])
+            times.append(time.perf_counter() - start)
+        return 1e6 * statistics.median(times[1:])
 
-    def wait(self, last: Any) -> None:
-        if last is not None:
-            last.synchronize()
+    def _order(self, device: torch.device) -> _Order:
+        return _orders.setdefault(self._stream(device).cuda_stream, _Order())
 
     @contextlib.contextmanager
-    def ordered(self, device: torch.device, last: Any) -> Iterator[Callable[[], Any]]:
-        stream = torch.cuda.current_stream(device)
+    def ordered(self, device: torch.device) -> Iterator[None]:
+        order, stream = self._order(device), torch.cuda.current_stream(device)
+        with order.lock:
+            if order.last is not None:
+                stream.wait_event(order.last)
+            try:
+                yield
+            finally:
+                order.last = stream.record_event()
+
+    def wait(self, device: torch.device) -> None:
+        last = self._order(device).last
         if last is not None:
-            stream.wait_event(last)
-        yield stream.record_event
+            last.synchronize()
 
 
 @contextlib.contextmanager
@@ -200,8 +225,10 @@ def _no_collection() -> Iterator[None]:
 
 
 def _close_pool(device: torch.device, pool: Any) -> None:
-    """In some versions torch's allocator goes on recording to the pool of a broken capture; no public call ends it."""
-    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
-    if end is not None:
-        with contextlib.suppress(RuntimeError, TypeError):
-            end(device.index, pool)
+    """Where the end of a broken capture raises, torch's allocator goes on recording to its pool, and holds the pool.
+
+    No public call ends that. Where the capture did end, the first of these raises, and the second is the graph's own.
+    """
+    with contextlib.suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)

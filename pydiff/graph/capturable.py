@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -50,7 +48,7 @@ class CaptureReport:
         seen = f"{self.calls} model calls, {self.operators} operators"
         if self.ok:
             return f"nothing was found that prevents the capture in a CUDA graph ({seen})"
-        lines = [f"{len(self.problems)} found that prevent the capture in a CUDA graph ({seen})"]
+        lines = [f"in the way of the capture in a CUDA graph: {len(self.problems)} found ({seen})"]
         for p in self.problems:
             lines += ["", f"{p.kind}: {p.what}", f"  {p.file}:{p.line} in {p.function}", f"    {p.code}",
                       f"  {p.remedy}"]
@@ -79,7 +77,8 @@ def check_capturable(model: Model | Sampler, x: torch.Tensor | Sequence[int], *,
     Raises `TypeError` or `ValueError` for a model that is not callable or cannot be copied, for x that is neither
     tensor nor shape, and for options that `Sampler` does not take. An error of the model itself is in the report.
     """
-    check_condition("cond", cond), check_condition("uncond", uncond)
+    check_condition("cond", cond)
+    check_condition("uncond", uncond)
     sampler = _sampler(model, options)
     return check_plan(sampler.plan, sampler.model, _sample(x, sampler.dtype), cond=cond, uncond=uncond,
                       dtype=sampler.dtype, model_dtype=sampler.model_dtype)
@@ -94,7 +93,7 @@ def check_plan(plan: Plan | Sequence[Plan], model: Model, x: torch.Tensor, *,
     """
     watch, stopped_by = Watch(allocations=allocations), None
     model, x, cond, uncond, init_options = fake_cuda((model, x, cond, uncond, init_options))
-    with torch.no_grad(), _uncompiled(), fake_mode():
+    with torch.no_grad(), fake_mode():
         guided = any(p.guided for p in ([plan] if isinstance(plan, Plan) else plan))
         arguments = model_arguments(cond, uncond, guided, x.shape[0])
         state = init(plan, x, seed=0, copies=2 if guided else 1, **init_options)
@@ -128,9 +127,3 @@ def _sample(x: Any, dtype: torch.dtype) -> torch.Tensor:
     if not shape or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise TypeError(f"x must be a tensor or a shape [batch, *sample], got {x!r:.80}")
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """Where compiled models run as they were written."""
-    compiles = "torch._dynamo" in sys.modules  # else nothing is compiled, and loading the compiler takes seconds
-    return torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()

@@ -23,6 +23,8 @@ from pydiff.ops.measured import Measured
 
 MODES = ("auto", "loop", "stage", "device")
 MAX_REFUSED = 64
+TRIAL_STAGES = 8
+"""As many as are timed to choose a mode."""
 
 
 @dataclass
@@ -70,7 +72,6 @@ class CapturedLoop:
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
         self._refused: OrderedDict[Hashable, tuple[str, str]] = OrderedDict()
         self._pools: dict[torch.device, Any] = {}
-        self._last: dict[torch.device, Any] = {}
         self._bytes: dict[Hashable, int] = {}
         self._measured: dict[torch.device, Measured] = {}
         self._stats = GraphStats()
@@ -92,18 +93,17 @@ class CapturedLoop:
         if self._backend.capturing(device):
             raise RuntimeError("this sampler captures CUDA graphs, and was called while another capture is under way "
                                "on the current stream; make it with graph=False to be captured, or call it outside")
-        with self._lock:
+        with self._backend.ordered(device), self._lock:
+            # A callback may call its own sampler, whose buffers are in use.
             program = None if self._running else self._program(request)
-            if program is None:  # or a callback of a run has called its own sampler, whose buffers are in use
+            if program is None:
                 self._stats.eager += 1
                 return NotImplemented
-            with self._backend.ordered(device, self._last.get(device)) as done:
-                self._running = True
-                try:
-                    result = program.run(request)
-                finally:
-                    self._running = False
-                    self._last[device] = done()
+            self._running = True
+            try:
+                result = program.run(request)
+            finally:
+                self._running = False
             self._stats.replays += 1
             return result
 
@@ -176,9 +176,8 @@ class CapturedLoop:
         timer = partial(self._backend.microseconds, device=device)
         measured = self._measured.setdefault(device, Measured(timer=timer, may_measure=lambda: True))
         found = measured.choose(key, {mode: partial(_run_once, program, request, mode) for mode in candidates})
+        program.release_segments()
         self._capture(program, found)
-        if found != "loop":
-            program.release_segments()
 
     def _capture(self, program: Program, mode: str) -> None:
         try:
@@ -212,7 +211,7 @@ class CapturedLoop:
 
     def _release(self, program: Program | None, device: torch.device) -> None:
         if program is not None:
-            self._backend.wait(self._last.get(device))
+            self._backend.wait(device)
             program.release()
         if not any(p.layout.device == device for p in self._programs.values()):
             # torch frees a pool with its last graph, and takes none twice.
@@ -248,7 +247,7 @@ class CapturedLoop:
 def _run_once(program: Program, request: Request, mode: str) -> None:
     program.capture(mode)
     program.load(request)
-    program.play(True, request.total)
+    program.play(True, min(request.total, TRIAL_STAGES))
 
 
 def _key(request: Request) -> Hashable:

@@ -10,6 +10,7 @@ Not seen: global variables, and what lies deeper in objects than `DEPTH`.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 DEPTH = 3
+LONGEST = 1000
+"""Longer containers are no settings, and are not looked into."""
 _DTYPE = operator.attrgetter("dtype")
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _CALLABLES = (BuiltinFunctionType, FunctionType, MethodType, ModuleType)
@@ -33,8 +36,13 @@ def settings(device: torch.device) -> tuple[Any, ...]:
     """Torch's switches that change which kernels a call launches. Grad mode is none: the loop always runs without."""
     kind = device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    return (autocast, torch.get_float32_matmul_precision(), cudnn.enabled, cudnn.allow_tf32, cudnn.benchmark,
+    cudnn: Any = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
+    try:
+        precision = (torch.get_float32_matmul_precision(), cudnn.allow_tf32)
+    except RuntimeError:  # set by the newer names, beside which the older ones cannot be asked
+        precision = (matmul.fp32_precision, cudnn.conv.fp32_precision)
+    return (autocast, *precision, cudnn.enabled, cudnn.benchmark, cudnn.deterministic,
             matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction,
             torch.are_deterministic_algorithms_enabled())
 
@@ -49,7 +57,7 @@ class Guard:
         self._live: list[Any] = []  # containers of plain values, and
         self._kept: list[Any] = []  # what was in them
         self._names: list[str] = []  # of these
-        self._fields: list[tuple[str, Callable[[Any], Any], Any]] = []  # attributes and closures: name, getter, holder
+        self._fields: list[_Field] = []
         self._holders: list[dict[str, Any]] = []  # that must not get further attributes
         self._holder_names: list[str] = []
         self._tensors: dict[int, tuple[str, Tensor]] = {}
@@ -83,9 +91,9 @@ class Guard:
             changed = _member_difference(container, [*islice(members, size)])
             if changed:
                 return f"{name}{changed}"
-        for (name, _, holder), a, b in zip(self._fields, now.fields, before.fields):
+        for field, a, b in zip(self._fields, now.fields, before.fields):
             if not _same(a, b):
-                return f"an attribute of {name} changed ({_attribute_difference(holder, a, b)})"
+                return f"an attribute of {field.name} changed ({_field_difference(field, a, b)})"
         for name, a, b in zip(self._holder_names, now.sizes, before.sizes):
             if a != b:
                 return f"{name} has {a} attributes and had {b}"
@@ -99,7 +107,7 @@ class Guard:
     def _now(self) -> _Snapshot:
         return _Snapshot(
             [*map(id, chain.from_iterable(map(dict.values, self._dicts)))],
-            [getter(holder) for _, getter, holder in self._fields], [*map(len, self._holders)],
+            [getter(holder) for _, _, getter, holder in self._fields], [*map(len, self._holders)],
             [*map(Tensor.data_ptr, self._plain)], [*map(_DTYPE, self._plain)], [_addresses(t) for t in self._wrapped])
 
     def _visit(self, name: str, value: Any, depth: int) -> None:
@@ -110,13 +118,13 @@ class Guard:
             self._tensors[id(value)] = (name, value)
         elif isinstance(value, nn.Module):
             self._visit_module(name, value)
-        elif depth > 0:
+        elif depth > 0 and not (hasattr(value, "__len__") and len(value) > LONGEST):
             if type(value) in (dict, list, set):
                 self._watch(name, value)
             for label, item in _parts(name, value):
                 self._visit(label, item, depth - 1)
             if isinstance(value, FunctionType) and value.__closure__:
-                self._fields.append((name, _contents, value))
+                self._fields.append(_Field(name, list(value.__code__.co_freevars), _contents, value))
             if _is_object(value):
                 self._watch_fields(name, vars(value), list(vars(value)), depth)
 
@@ -131,7 +139,7 @@ class Guard:
             self._dicts.append(container)
             self._dict_names.append(name)
         else:
-            self._fields.append((name, _identities, container))
+            self._fields.append(_Field(name, [], _identities, container))
 
     def _visit_module(self, name: str, module: nn.Module) -> None:
         own = vars(module)
@@ -141,7 +149,9 @@ class Guard:
                 self._dict_names.append(name)
             else:
                 self._empty.append((name, container))
-        self._watch_fields(name, own, [key for key in own if key not in _OF_TORCH], DEPTH)
+        cls: Any = type(module)
+        constant = _constants(cls)
+        self._watch_fields(name, own, [key for key in own if key not in _OF_TORCH and key not in constant], DEPTH)
         for group in ("_parameters", "_buffers", "_modules"):
             for key, item in own[group].items():
                 self._visit(f"{name}.{key}", item, DEPTH)
@@ -151,11 +161,27 @@ class Guard:
         self._holder_names.append(name)
         plain = [key for key in keys if not isinstance(holder[key], Tensor)]
         if plain:
-            self._fields.append((name, operator.itemgetter(*plain), holder))
+            self._fields.append(_Field(name, plain, operator.itemgetter(*plain), holder))
         for key in keys:
             if isinstance(holder[key], Tensor):
-                self._fields.append((f"{name}.{key}", partial(_identity, key), holder))
+                self._fields.append(_Field(f"{name}.{key}", [], partial(_identity, key), holder))
             self._visit(f"{name}.{key}", holder[key], depth - 1)
+
+
+@functools.cache
+def _constants(cls: Any) -> frozenset[str]:
+    """The attributes that torch's own layers declare never to change: strides, numbers of channels."""
+    of_torch = [base for base in cls.__mro__ if base.__module__.startswith("torch.nn.modules.")]
+    return frozenset(name for base in of_torch for name in vars(base).get("__constants__", ()))
+
+
+class _Field(NamedTuple):
+    """Attributes of an object, variables of a closure, tensors in a list: what `getter` finds in `holder`."""
+
+    name: str
+    keys: list[str]
+    getter: Callable[[Any], Any]
+    holder: Any
 
 
 class _Snapshot(NamedTuple):
@@ -236,14 +262,10 @@ def _member_difference(container: dict[Any, Any], before: list[int]) -> str:
     return ": a hook, a module or a weight was added, removed or replaced"
 
 
-def _attribute_difference(holder: Any, now: Any, before: Any) -> str:
-    if not isinstance(holder, (dict, FunctionType)):
-        return "an entry was replaced"
-    if isinstance(holder, FunctionType):
-        names: Any = holder.__code__.co_freevars
-    else:
-        names = [k for k in holder if k not in _OF_TORCH and not isinstance(holder[k], Tensor)]
-    if isinstance(now, (tuple, list)) and isinstance(before, (tuple, list)) and len(now) == len(names):
-        changed = ((key, a, b) for key, a, b in zip(names, now, before) if not _same(a, b))
-        return next((f"{key}: {b!r:.40} became {a!r:.40}" for key, a, b in changed), "")
-    return f"{before!r:.40} became {now!r:.40}"
+def _field_difference(field: _Field, now: Any, before: Any) -> str:
+    if not field.keys:
+        return "a tensor was replaced"
+    if len(field.keys) == 1 and not isinstance(field.holder, FunctionType):  # an itemgetter of one key gives no tuple
+        now, before = (now,), (before,)
+    changed = ((key, a, b) for key, a, b in zip(field.keys, now, before) if not _same(a, b))
+    return next((f"{key}: {b!r:.40} became {a!r:.40}" for key, a, b in changed), "")

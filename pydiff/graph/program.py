@@ -173,6 +173,7 @@ class Program:
             graph.release()
             self._outputs.pop(key, None)
         self._segments.clear()
+        self._longest = 0
 
     def release(self) -> None:
         """Give all graphs back."""
@@ -218,14 +219,12 @@ class Program:
         if self.layout.starts and request.source is not None and request.source.is_function:
             request.source.draw()
         self.replays += 1
-        state = State(self.buffers.tensors, request.plans, request.row_plan, request.source)
-        times = max(request.plans, key=len).model_times
-        trajectory = None
+        x, trajectory = self.buffers.tensors.registers[0], None
         done = 0
         with tqdm(total=request.total, unit="call") if request.progress else contextlib.nullcontext() as bar:
             if request.return_trajectory:
                 self.play(True, 0)
-                trajectory = [state.x.clone()]
+                trajectory = [x.clone()]
             for span in request.spans():
                 if request.source is not None:
                     request.source.prepare(done)
@@ -234,16 +233,16 @@ class Program:
                 if bar is not None:
                     bar.update(span)
                 if trajectory is not None:
-                    trajectory.append(state.x.clone())
+                    trajectory.append(x.clone())
                 if done - 1 in request.stops and request.callback is not None:
                     assert m is not None
-                    info = StageInfo(done - 1, request.total, float(times[done - 1]), state.x, m)
+                    times = max(request.plans, key=len).model_times
+                    info = StageInfo(done - 1, request.total, float(times[done - 1]), x, m)
                     if request.callback(info):
                         break
-        state.steps_done = done
-        result = state.x.clone()
+        result = x.clone()
         if request.check_finite:
-            raise_if_nonfinite(state)
+            raise_if_nonfinite(State(self.buffers.tensors, request.plans, request.row_plan, request.source))
         return (result, torch.stack(trajectory)) if trajectory is not None else result
 
 

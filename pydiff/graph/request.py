@@ -80,6 +80,7 @@ def make_request(
     shape: tuple[int, ...],
     device: torch.device,
     seed: Seed | None = None,
+    seeds: list[int] | None = None,
     noise: Noise | None = None,
     generator: Any = None,
     cond: Mapping[str, Any] | None = None,
@@ -94,7 +95,10 @@ def make_request(
     hoist: bool = True,
     **operands: torch.Tensor | None,
 ) -> Request:
-    """A request out of the arguments of `run_plan`; x may be None, to be drawn in `shape` [B, *sample] on `device`."""
+    """A request out of the arguments of `run_plan`; x may be None, to be drawn in `shape` [B, *sample] on `device`.
+
+    seeds: in place of seed, what `seed_values` made of it.
+    """
     if sum(v is not None for v in (seed, noise, generator)) > 1:
         raise TypeError("give at most one of seed, noise and generator")
     if model_dtype not in MODEL_DTYPES:
@@ -121,8 +125,8 @@ def make_request(
     total = max((len(plans[k]) for k in set(row_plan)), default=0)
     return Request(
         layout, model, plans, row_plan, [p.indices for p in plans] if source is None else [source.indices], x,
-        seed_values(seed, shape[0]), source, total, model_arguments(cond, uncond, guided, shape[0]), present, callback,
-        callback_stages(callback, callback_steps, total), progress, return_trajectory, check_finite, hoist)
+        seeds or seed_values(seed, shape[0]), source, total, model_arguments(cond, uncond, guided, shape[0]), present,
+        callback, callback_stages(callback, callback_steps, total), progress, return_trajectory, check_finite, hoist)
 
 
 def round_up(number: int) -> int:

@@ -43,7 +43,6 @@ _DYNAMIC = {
     aten.masked_select: "Tensor.masked_select()",
     aten.repeat_interleave: "repeat_interleave without output_size",
     aten.bincount: "torch.bincount",
-    aten.one_hot: "one_hot without num_classes",
 }
 _TO_DEVICE = "a copy from the host (Tensor.to, torch.tensor(..., device=...))"
 _TO_HOST = "a copy to the host (Tensor.cpu(), Tensor.to)"

@@ -56,6 +56,14 @@ class PolicyNet(nn.Module):
         return self.last(self.up(h, condition))
 
 
+class Tokens(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x) + t[:, None]
+
+
 def diffusers_unet() -> nn.Module:
     diffusers = pytest.importorskip("diffusers")
     return diffusers.UNet2DConditionModel(
@@ -68,7 +76,8 @@ def diffusers_unet() -> nn.Module:
 def workload(name: str) -> tuple[nn.Module, tuple[int, ...], dict[str, Any], dict[str, Any]]:
     """A model, the shape of x, a condition and an empty one."""
     if name.startswith("mnist"):
-        model, shape, cond, uncond = pydiff.load_model("mnist"), (2, 1, 28, 28), {}, {}
+        model, shape = pydiff.load_model("mnist"), (2, 1, 28, 28)
+        cond, uncond = {"labels": torch.tensor([3, 4])}, {"labels": torch.tensor([10])}
     elif name.startswith("diffusers"):
         model, shape = diffusers_unet(), (2, 4, 8, 8)
         cond, uncond = ({"encoder_hidden_states": f(2, 5, 12)} for f in (torch.ones, torch.zeros))
@@ -99,9 +108,15 @@ def test_every_solver_on_the_bundled_model(solver, options):
     assert_capturable("mnist", solver, guided=False, **options)
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m", "heun"])
-@pytest.mark.parametrize("name", ["diffusers", "diffusers optimized", "mnist optimized"])
-def test_diffusers_and_optimized_models(name, solver):
+@pytest.mark.parametrize("solver, options", SOLVERS, ids=IDS)
+def test_every_solver_on_a_diffusers_unet(solver, options):
+    calls = len(pydiff.make_plan(solver, pydiff.VPLinear(), 3))
+    assert_capturable("diffusers", solver, steps=3 if calls == 3 else 2, **options)  # three calls at least are compared
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["diffusers optimized", "mnist optimized"])
+def test_optimized_models(name, solver):
     assert_capturable(name, solver)
 
 
@@ -133,6 +148,22 @@ def test_a_model_without_memory_and_one_in_low_precision():
     low = nn.Linear(4, 4).bfloat16()
     assert check_capturable(lambda x, t: low(x), (2, 4), model_dtype=torch.bfloat16)
     assert low.weight.device.type == "cpu" and type(low.weight) is nn.Parameter
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_model_is_watched_as_it_was_written(fullgraph):
+    model, options = nn.Linear(4, 4), {"backend": "eager", "fullgraph": fullgraph}
+
+    def waits(x: Tensor, t: Tensor) -> Tensor:
+        return model(x) if x.sum() > 0 else x
+
+    plain = torch.compile(lambda x, t: model(x), **options)
+    assert plain(torch.zeros(2, 4), torch.zeros(2)).shape == (2, 4)
+    assert check_capturable(plain, (2, 4)) and check_capturable(lambda x, t: plain(x, t), (2, 4))
+    (problem,) = check_capturable(torch.compile(waits, **options), (2, 4)).problems
+    assert problem.code == "return model(x) if x.sum() > 0 else x"
+    compiled = torch.compile(Tokens(), **options)
+    assert check_capturable(compiled, (2, 4)) and check_capturable(pydiff.Sampler(compiled, "euler", 3), (2, 4))
 
 
 def test_layers_that_torch_writes_in_python():
