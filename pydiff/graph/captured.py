@@ -50,6 +50,13 @@ class GraphStats:
     refused: dict[str, str] = field(default_factory=dict)
     """By shape, why calls run eagerly."""
 
+    def __str__(self) -> str:
+        lines = [f"{self.replays} calls replayed graphs, {self.eager} ran eagerly; {self.captures} captures "
+                 f"({self.recaptures} of changed models), {self.evictions} evictions",
+                 f"{self.graphs} graphs in {len(self.held)} loops, {self.bytes / 2**20:.1f} MiB"]
+        lines += [f"  {loop}" for loop in self.held]
+        return "\n".join([*lines, *(f"  {shape}: eager, {reason}" for shape, reason in self.refused.items())])
+
 
 class CapturedLoop:
     """A bounded store of captured loops for one sampler, safe to use from several threads and streams.
@@ -104,6 +111,9 @@ class CapturedLoop:
                 result = program.run(request)
             finally:
                 self._running = False
+                if program.guarded != program.captures:
+                    # Captures call the model, which may count its calls: that is no change that matters.
+                    program.guard, program.guarded = Guard(program.model), program.captures
             self._stats.replays += 1
             return result
 
@@ -144,7 +154,6 @@ class CapturedLoop:
             program = Program(request, self._backend, self._pool(device), keep=self.mode in ("auto", "device"))
             program.load(request)
             draws = warm_up(program, request, self._backend)
-            program.guard = Guard(request.model)
             program.load(request)
             self._choose(key, program, request, draws)
         except (Uncapturable, torch.OutOfMemoryError) as error:
@@ -154,7 +163,7 @@ class CapturedLoop:
             self._release(program, device)
             raise
         if program.mode == "eager":
-            self._give_up(key, request, program, "a graph would gain less than 2 % on this model and shape")
+            self._give_up(key, request, program, self._why_not(key, device))
             return None
         self._programs[key] = program
         self._bytes[key] = max(self._backend.memory(device) - before, 0)
@@ -178,6 +187,13 @@ class CapturedLoop:
         found = measured.choose(key, {mode: partial(_run_once, program, request, mode) for mode in candidates})
         program.release_segments()
         self._capture(program, found)
+
+    def _why_not(self, key: Hashable, device: torch.device) -> str:
+        choice = self._measured[device].choices()[key]
+        times = ", ".join(f"{mode} {us:.0f} us" for mode, us in choice.microseconds.items())
+        if len(choice.microseconds) == 1:
+            return next(iter(choice.refused.values()))
+        return f"a graph gains less than 2 % on this model and shape (up to {TRIAL_STAGES} stages: {times})"
 
     def _capture(self, program: Program, mode: str) -> None:
         try:

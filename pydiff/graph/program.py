@@ -57,6 +57,7 @@ class Program:
         with torch.inference_mode(False):
             self.buffers = Buffers(request.layout, round_up(request.rows_of_tables), request.arguments)
         self.guard: Guard | None = None
+        self.captures = self.guarded = 0  # so far, and when the guard was made
 
     @property
     def capacity(self) -> int:
@@ -131,6 +132,7 @@ class Program:
             if output is not None:
                 self._outputs[key] = output  # as long as it is held, no other graph is given its memory
 
+        self.captures += 1
         with torch.inference_mode(False), torch.no_grad(), without_autocast_cache(self.layout.device):
             return self._backend.capture(body, self.layout.device, self._pool, keep)
 
