@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import copy
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -53,10 +54,15 @@ def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, Mapping):
-        return {key: map_tensors(item, function) for key, item in value.items()}
+        items = {key: map_tensors(item, function) for key, item in value.items()}
+        if type(value) is dict or not isinstance(value, MutableMapping):
+            return items
+        made = copy.copy(value)  # of its own class, whose attributes a model may ask for
+        made.update(items)
+        return made
     if isinstance(value, (list, tuple)):
-        items = [map_tensors(item, function) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        parts = [map_tensors(item, function) for item in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
 
@@ -68,6 +74,8 @@ def structure(value: Any) -> Hashable:
         return (dict, tuple((key, structure(item)) for key, item in value.items()))
     if isinstance(value, (list, tuple)):
         return (type(value), tuple(structure(item) for item in value))
+    if isinstance(value, float):
+        return (float, value.hex())  # NaN is equal to itself here
     return (type(value), value if isinstance(value, Hashable) else id(value))
 
 

@@ -16,7 +16,7 @@ from pydiff.noise_source import Noise, from_generator
 from pydiff.ops import table
 from pydiff.ops.stage import StageTensors
 from pydiff.plan import Plan
-from pydiff.state import Seed, State, check_x, distinct_plans, init, step
+from pydiff.state import Seed, State, check_x, distinct_plans, init, nonfinite_rows, step
 
 if TYPE_CHECKING:
     from pydiff.optimize.hoisting import HoistedModel
@@ -43,10 +43,10 @@ Callback = Callable[[StageInfo], Any]
 class NonFiniteError(RuntimeError):
     """The model returned NaN or infinity. `rows` maps each row concerned to the stage where it was first seen."""
 
-    def __init__(self, state: State, rows: dict[int, int]):
+    def __init__(self, plans: Sequence[Plan], row_plan: Sequence[int], rows: dict[int, int]):
         self.rows = rows
         row, stage = min(rows.items(), key=lambda item: item[1])
-        time = state.plans[state.row_plan[row]].model_times[stage]
+        time = plans[row_plan[row]].model_times[stage]
         super().__init__(
             f"the model returned NaN or infinity at stage {stage} (time {time:.6g}) in row {row}"
             + (f" and {len(rows) - 1} more rows" if len(rows) > 1 else "")
@@ -163,13 +163,13 @@ def run(state: State, model: Model, arguments: Mapping[str, Any], *, callback: C
             step(state, m)
             bar.update()
             if watched is not None and (watched >= 0).any():
-                raise NonFiniteError(state, state.nonfinite())
+                raise_if_nonfinite(state.tensors.nonfinite, state.plans, state.row_plan)
             if trajectory is not None:
                 trajectory.append(state.x.clone())
             if i in stops and callback and callback(StageInfo(i, state.total, float(plan.model_times[i]), state.x, m)):
                 break
     if check_finite and watched is None:
-        raise_if_nonfinite(state)
+        raise_if_nonfinite(state.tensors.nonfinite, state.plans, state.row_plan)
 
 
 def caller(t: StageTensors, model: Model, arguments: Mapping[str, Any],
@@ -209,8 +209,8 @@ def _host_flags(state: State) -> np.ndarray | None:
     return flags.numpy() if flags is not None and flags.device.type == "cpu" and is_plain(flags) else None
 
 
-def raise_if_nonfinite(state: State) -> None:
+def raise_if_nonfinite(flags: torch.Tensor | None, plans: Sequence[Plan], row_plan: Sequence[int]) -> None:
     """Raise `NonFiniteError` if a row is flagged; on a GPU the host waits for the answer."""
-    flags = state.tensors.nonfinite
-    if flags is not None and flags.numel() and int(flags.max()) >= 0:
-        raise NonFiniteError(state, state.nonfinite())
+    rows = {} if flags is None else nonfinite_rows(flags, plans, row_plan)
+    if rows:
+        raise NonFiniteError(plans, row_plan, rows)

@@ -115,9 +115,11 @@ class Sampler:
                 x = self._first(plans, shape, seeds, where, generator, x0)
         if self.graphs is not None:
             fresh = {"seeds": seeds} if x is None else {"seed": seed}
-            result = self.graphs(make_request(plans, self.model, x, shape=shape, device=where, **fresh, **options))
+            request = make_request(plans, self.model, x, shape=shape, device=where, **fresh, **options)
+            result = self.graphs(request)
             if result is not NotImplemented:
                 return result
+            seed = request.seeds if request.source is None else None
         if x is None:
             x = self._first(plans, shape, seeds, where, None, None)
         return run_plan(plans, self.model, x, seed=seed, **options)

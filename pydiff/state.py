@@ -71,8 +71,7 @@ class State:
         return self.tensors.cursor - self._starts()
 
     def _starts(self) -> torch.Tensor:
-        first = np.cumsum([0, *(len(p) for p in self.plans)])[list(self.row_plan)]
-        return torch.as_tensor(first, dtype=torch.int32, device=self.x.device)
+        return torch.as_tensor(_first_stages(self.plans, self.row_plan), dtype=torch.int32, device=self.x.device)
 
     def nonfinite(self) -> dict[int, int]:
         """Rows whose model output was not finite, with the stage (in the row's plan) at which that was first seen.
@@ -80,8 +79,7 @@ class State:
         Reads device memory: a synchronisation on a GPU.
         """
         assert self.tensors.nonfinite is not None
-        flags, starts = self.tensors.nonfinite.tolist(), self._starts().tolist()
-        return {row: flag - start for row, (flag, start) in enumerate(zip(flags, starts)) if flag >= 0}
+        return nonfinite_rows(self.tensors.nonfinite, self.plans, self.row_plan)
 
     def clone(self) -> State:
         """An independent copy: stepping one leaves the other as it is."""
@@ -154,6 +152,17 @@ class State:
         state = cls(tensors, [Plan.from_dict(p) for p in saved["plans"]], saved["row_plan"], None)
         state.steps_done, state.total = saved["steps_done"], saved["total"]
         return state
+
+
+def _first_stages(plans: Sequence[Plan], row_plan: Sequence[int]) -> np.ndarray:
+    """Where each row's plan begins in the tables."""
+    return np.cumsum([0, *(len(p) for p in plans)])[list(row_plan)]
+
+
+def nonfinite_rows(flags: torch.Tensor, plans: Sequence[Plan], row_plan: Sequence[int]) -> dict[int, int]:
+    """Rows flagged by the stage operation ([B] int32), with the stage in the row's plan; waits for the device."""
+    starts = _first_stages(plans, row_plan).tolist()
+    return {row: flag - start for row, (flag, start) in enumerate(zip(flags.tolist(), starts)) if flag >= 0}
 
 
 def seed_values(seed: Seed | None, rows: int) -> list[int]:

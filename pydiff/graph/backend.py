@@ -42,7 +42,7 @@ class Backend(Protocol):
         """Whether the current stream of a device is being captured by somebody."""
 
     def warm_up(self, function: Callable[[], Any], device: torch.device) -> None:
-        """Run a function on the stream that captures, the current stream before and after it."""
+        """Run a function on a stream beside the current one, which comes before and after it."""
 
     def watch(self) -> contextlib.AbstractContextManager[Any]:
         """Gives a `pydiff.graph.watch.Watch`, or something like it, of what runs inside."""
@@ -109,7 +109,7 @@ class CudaGraphs:
     """`Backend` of CUDA devices."""
 
     def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._streams: dict[tuple[str, torch.device], torch.cuda.Stream] = {}
 
     def available(self, device: torch.device) -> tuple[bool, str]:
         if device.type != "cuda":
@@ -124,17 +124,22 @@ class CudaGraphs:
         with torch.cuda.device(device):
             return torch.cuda.is_current_stream_capturing()
 
-    def _stream(self, device: torch.device) -> torch.cuda.Stream:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        return self._streams[device]
+    def _stream(self, purpose: str, device: torch.device) -> torch.cuda.Stream:
+        """Captures have a stream on which nothing else runs: cuBLAS keeps a workspace for each stream, which then lies
+        in the graphs' own memory. One made outside would be freed under them when torch clears it."""
+        key = (purpose, device)
+        if key not in self._streams:
+            self._streams.setdefault(key, torch.cuda.Stream(device))
+        return self._streams[key]
 
     def warm_up(self, function: Callable[[], Any], device: torch.device) -> None:
-        side, current = self._stream(device), torch.cuda.current_stream(device)
+        side, current = self._stream("warm-up", device), torch.cuda.current_stream(device)
         side.wait_stream(current)
-        with torch.cuda.device(device), torch.cuda.stream(side):
-            function()
-        current.wait_stream(side)
+        try:
+            with torch.cuda.device(device), torch.cuda.stream(side):
+                function()
+        finally:
+            current.wait_stream(side)
 
     def watch(self) -> contextlib.AbstractContextManager[Any]:
         from pydiff.graph.watch import Watch
@@ -144,7 +149,7 @@ class CudaGraphs:
     def capture(self, function: Callable[[], Any], device: torch.device, pool: Any, keep: bool = False) -> Graph:
         keep = keep and hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph")  # torch 2.8
         graph = torch.cuda.CUDAGraph(keep_graph=True) if keep else torch.cuda.CUDAGraph()
-        failure: list[BaseException] = []
+        stream, failure = self._stream("capture", device), list[BaseException]()
 
         def body() -> None:
             try:
@@ -157,14 +162,16 @@ class CudaGraphs:
             # The outer stream context puts the current stream back where the end of a broken capture raises, too.
             # thread_local: other threads of a server go on allocating and copying meanwhile.
             with _one_capture, _no_collection(), torch.cuda.stream(torch.cuda.current_stream(device)), \
-                    torch.cuda.graph(graph, pool=pool, stream=self._stream(device), capture_error_mode="thread_local"):
+                    torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 body()
-            if keep:
-                graph.instantiate()
         except BaseException as error:
-            _close_pool(device, pool)
+            cause = (failure or [error])[0]
+            if error is not cause or not failure:
+                _mend(device, pool, stream)
             # The end of a broken capture raises an error of its own, which says nothing of the cause.
-            raise (failure or [error])[0] from None
+            raise cause from None
+        if keep:
+            graph.instantiate()
         return CudaGraph(graph)
 
     def device_loop(self, graph: Any, cursor: torch.Tensor, stop: torch.Tensor, remaining: torch.Tensor) -> Graph:
@@ -192,7 +199,7 @@ class CudaGraphs:
         return 1e6 * statistics.median(times[1:])
 
     def _order(self, device: torch.device) -> _Order:
-        return _orders.setdefault(self._stream(device).cuda_stream, _Order())
+        return _orders.setdefault(self._stream("capture", device).cuda_stream, _Order())
 
     @contextlib.contextmanager
     def ordered(self, device: torch.device) -> Iterator[None]:
@@ -224,11 +231,15 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _close_pool(device: torch.device, pool: Any) -> None:
-    """Where the end of a broken capture raises, torch's allocator goes on recording to its pool, and holds the pool.
+def _mend(device: torch.device, pool: Any, stream: torch.cuda.Stream) -> None:
+    """After a capture whose end raised. Torch leaves two things in disorder then, for which there is no public call.
 
-    No public call ends that. Where the capture did end, the first of these raises, and the second is the graph's own.
+    Its allocator goes on recording to the pool, and holds it; its random generator believes that a capture is under way
+    (up to torch 2.12), until another one ends well.
     """
     with contextlib.suppress(RuntimeError, AttributeError):
-        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_endAllocateToPool(device.index, pool)  # raises where the allocator is in order
         torch._C._cuda_releasePool(device.index, pool)
+    with contextlib.suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream(device)), \
+            torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+        torch.zeros(1, device=device)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,9 +17,10 @@ from torch import nn
 from pydiff.conditions import structure
 from pydiff.graph.backend import Backend, CudaGraphs
 from pydiff.graph.guards import Guard, settings
-from pydiff.graph.program import Program
+from pydiff.graph.program import Program, as_captured
 from pydiff.graph.request import Request
 from pydiff.graph.warm_up import Uncapturable, check_device, warm_up
+from pydiff.loop import raise_if_nonfinite
 from pydiff.ops.measured import Measured
 
 MODES = ("auto", "loop", "stage", "device")
@@ -47,15 +49,24 @@ class GraphStats:
     """Graphs held now."""
     bytes: int = 0
     """Memory that torch took from the device while the held loops were made."""
-    refused: dict[str, str] = field(default_factory=dict)
-    """By shape, why calls run eagerly."""
+    refused: list[str] = field(default_factory=list)
+    """Shapes of which calls run eagerly, and why."""
 
     def __str__(self) -> str:
         lines = [f"{self.replays} calls replayed graphs, {self.eager} ran eagerly; {self.captures} captures "
                  f"({self.recaptures} of changed models), {self.evictions} evictions",
                  f"{self.graphs} graphs in {len(self.held)} loops, {self.bytes / 2**20:.1f} MiB"]
         lines += [f"  {loop}" for loop in self.held]
-        return "\n".join([*lines, *(f"  {shape}: eager, {reason}" for shape, reason in self.refused.items())])
+        return "\n".join([*lines, *(f"  eager: {refusal}" for refusal in self.refused)])
+
+
+class Refusal(NamedTuple):
+    """Why a loop is not captured."""
+
+    shape: str
+    reason: str
+    guard: Guard | None
+    """The model it was of: a changed one is tried again. None where every call changes it."""
 
 
 class CapturedLoop:
@@ -77,9 +88,8 @@ class CapturedLoop:
         self._lock = threading.RLock()
         self._running = False
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
-        self._refused: OrderedDict[Hashable, tuple[str, str]] = OrderedDict()
+        self._refused: OrderedDict[Hashable, Refusal] = OrderedDict()
         self._pools: dict[torch.device, Any] = {}
-        self._bytes: dict[Hashable, int] = {}
         self._measured: dict[torch.device, Measured] = {}
         self._stats = GraphStats()
         self._warned: set[str] = set()
@@ -100,7 +110,7 @@ class CapturedLoop:
         if self._backend.capturing(device):
             raise RuntimeError("this sampler captures CUDA graphs, and was called while another capture is under way "
                                "on the current stream; make it with graph=False to be captured, or call it outside")
-        with self._backend.ordered(device), self._lock:
+        with self._lock, self._backend.ordered(device):
             # A callback may call its own sampler, whose buffers are in use.
             program = None if self._running else self._program(request)
             if program is None:
@@ -108,14 +118,12 @@ class CapturedLoop:
                 return NotImplemented
             self._running = True
             try:
-                result = program.run(request)
+                result, flags = program.run(request)
             finally:
                 self._running = False
-                if program.guarded != program.captures:
-                    # Captures call the model, which may count its calls: that is no change that matters.
-                    program.guard, program.guarded = Guard(program.model), program.captures
             self._stats.replays += 1
-            return result
+        raise_if_nonfinite(flags, request.plans, request.row_plan)  # waits for the device, and for no other thread
+        return result
 
     # ------------------------------------------------------------------ which program
 
@@ -131,7 +139,11 @@ class CapturedLoop:
         if program is not None:
             self._programs.move_to_end(key)
             return program
-        return None if key in self._refused else self._make(key, request)
+        refusal = self._refused.get(key)
+        if refusal is not None and (refusal.guard is None or refusal.guard.holds()):
+            return None
+        self._refused.pop(key, None)
+        return self._make(key, request)
 
     def _drop_changed(self, difference: str) -> None:
         """Release every loop that no longer fits its model: what one of them noticed concerns the others too."""
@@ -148,15 +160,19 @@ class CapturedLoop:
         while len(self._programs) >= self.max_graphs:
             self._drop(next(iter(self._programs)))
             self._stats.evictions += 1
-        before = self._backend.memory(device)
         program = None
         try:
-            program = Program(request, self._backend, self._pool(device), keep=self.mode in ("auto", "device"))
-            program.load(request)
-            draws = warm_up(program, request, self._backend)
-            program.load(request)
-            self._choose(key, program, request, draws)
-        except (Uncapturable, torch.OutOfMemoryError) as error:
+            with as_captured(device):
+                program = Program(request, self._backend, self._pool(device), keep=self.mode in ("auto", "device"))
+                program.load(request)
+                draws = warm_up(program, request, self._backend)
+                program.load(request)
+                self._choose(key, program, request, draws)
+        except torch.OutOfMemoryError as error:  # there may be more memory next time
+            self._release(program, device)
+            self._warn("out of memory", f"the loop runs without a graph: {error}")
+            return None
+        except Uncapturable as error:
             self._give_up(key, request, program, str(error))
             return None
         except BaseException:
@@ -166,7 +182,6 @@ class CapturedLoop:
             self._give_up(key, request, program, self._why_not(key, device))
             return None
         self._programs[key] = program
-        self._bytes[key] = max(self._backend.memory(device) - before, 0)
         self._stats.captures += 1
         return program
 
@@ -209,11 +224,13 @@ class CapturedLoop:
     # ------------------------------------------------------------------ giving back
 
     def _give_up(self, key: Hashable, request: Request, program: Program | None, reason: str) -> None:
+        changes = program is not None and program.guard is not None and not program.guard.holds()
         self._release(program, request.layout.device)
         while len(self._refused) >= MAX_REFUSED:
             self._refused.popitem(last=False)
-        self._refused[key] = (str(list(request.layout.shape)), reason)
-        self._warn("refused", f"the loop runs without a graph: {reason}")
+        guard = None if changes else Guard(request.model)
+        self._refused[key] = Refusal(str(list(request.layout.shape)), reason, guard)
+        self._warn(reason, f"the loop runs without a graph: {reason}")
 
     def _pool(self, device: torch.device) -> Any:
         if device not in self._pools:
@@ -222,7 +239,6 @@ class CapturedLoop:
 
     def _drop(self, key: Hashable) -> None:
         program = self._programs.pop(key)
-        self._bytes.pop(key, None)
         self._release(program, program.layout.device)
 
     def _release(self, program: Program | None, device: torch.device) -> None:
@@ -246,13 +262,12 @@ class CapturedLoop:
 
     def stats(self) -> GraphStats:
         """Counts since the sampler was made, and what it holds now."""
-        with self._lock:
-            s = self._stats
-            held = [f"{list(p.layout.shape)} {str(p.layout.model_dtype).removeprefix('torch.')}, {p.mode}, {p.graphs} "
-                    f"graphs, {p.replays} runs" for p in self._programs.values()]
-            return GraphStats(s.captures, s.recaptures, s.evictions, s.replays, s.eager, held,
-                              sum(p.graphs for p in self._programs.values()), sum(self._bytes.values()),
-                              dict(self._refused.values()))
+        s, programs, refused = self._stats, list(self._programs.values()), list(self._refused.values())
+        held = [f"{list(p.layout.shape)} {str(p.layout.model_dtype).removeprefix('torch.')}, {p.mode}, {p.graphs} "
+                f"graphs, {p.replays} runs" for p in programs]
+        return GraphStats(s.captures, s.recaptures, s.evictions, s.replays, s.eager, held,
+                          sum(p.graphs for p in programs), sum(p.bytes for p in programs),
+                          [f"{r.shape}: {r.reason}" for r in refused])
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
@@ -266,9 +281,28 @@ def _run_once(program: Program, request: Request, mode: str) -> None:
     program.play(True, min(request.total, TRIAL_STAGES))
 
 
+class _Identity:
+    """An object by which it is, without keeping it: its number alone may be another's when it is gone."""
+
+    def __init__(self, value: Any):
+        self._hash = id(value)
+        self._reference: Callable[[], Any]
+        try:
+            self._reference = weakref.ref(value)
+        except TypeError:  # of a class that allows no such thing
+            self._reference = lambda: value
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        mine = self._reference()
+        return mine is not None and isinstance(other, _Identity) and other._reference() is mine
+
+
 def _key(request: Request) -> Hashable:
     """What a captured loop is bound to. Everything else is a matter of what lies in its buffers, or of its guard."""
     model = request.model
     training = model.training if isinstance(model, nn.Module) else None
-    return (id(model), training, request.layout, request.hoist, structure(request.arguments),
+    return (_Identity(model), training, request.layout, request.hoist, structure(request.arguments),
             settings(request.layout.device))

@@ -5,7 +5,8 @@ anew by every replay, and so is all that lies in the loop's own buffers; everyth
 remembers it and compares before each replay: storage and dtype of every parameter and buffer, which modules there are,
 their hooks, and the plain attributes (numbers, flags, LoRA scales) of modules and of the objects they hold.
 
-Not seen: global variables, and what lies deeper in objects than `DEPTH`.
+Not seen: what lies deeper in objects than `DEPTH`, slots, class attributes, arrays written in place, and the global
+variables of functions that the model's own function calls.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import functools
 import operator
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, compress, islice
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-DEPTH = 3
+DEPTH = 4
 LONGEST = 1000
 """Longer containers are no settings, and are not looked into."""
 _DTYPE = operator.attrgetter("dtype")
@@ -42,15 +43,17 @@ def settings(device: torch.device) -> tuple[Any, ...]:
         precision = (torch.get_float32_matmul_precision(), cudnn.allow_tf32)
     except RuntimeError:  # set by the newer names, beside which the older ones cannot be asked
         precision = (matmul.fp32_precision, cudnn.conv.fp32_precision)
-    return (autocast, *precision, cudnn.enabled, cudnn.benchmark, cudnn.deterministic,
+    sdp = torch.backends.cuda
+    return (autocast, torch.get_default_dtype(), *precision, cudnn.enabled, cudnn.benchmark, cudnn.deterministic,
             matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction,
-            torch.are_deterministic_algorithms_enabled())
+            getattr(matmul, "allow_fp16_accumulation", None), sdp.flash_sdp_enabled(), sdp.mem_efficient_sdp_enabled(),
+            sdp.math_sdp_enabled(), sdp.cudnn_sdp_enabled(), torch.are_deterministic_algorithms_enabled())
 
 
 class Guard:
     """A model as it is now, to be compared with what it is later."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, arguments: Any = None):
         self._dicts: list[dict[Any, Any]] = []  # compared by the identity of their values
         self._dict_names: list[str] = []
         self._empty: list[tuple[str, dict[Any, Any]]] = []  # dictionaries that must stay so
@@ -62,10 +65,13 @@ class Guard:
         self._holder_names: list[str] = []
         self._tensors: dict[int, tuple[str, Tensor]] = {}
         self._seen: set[int] = set()
+        self._modules: list[nn.Module] = []
         self._visit("model", model, DEPTH)
+        self._visit("cond", arguments, DEPTH)
         tensors = [tensor for _, tensor in self._tensors.values()]
-        self._plain = [t for t in tensors if type(t) in (Tensor, nn.Parameter)]
-        self._wrapped = [t for t in tensors if type(t) not in (Tensor, nn.Parameter)]
+        plain = [type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided for t in tensors]
+        self._plain = [*compress(tensors, plain)]
+        self._wrapped = [t for t, is_plain in zip(tensors, plain) if not is_plain]
         self._sizes = [*map(len, self._dicts)]
         self._empty_dicts = [container for _, container in self._empty]
         self._state = self._now()
@@ -79,6 +85,12 @@ class Guard:
 
     def difference(self) -> str:
         """The first thing that changed, in words; empty if nothing did."""
+        try:
+            return self._difference()
+        except Exception:  # what was there is gone, or cannot be compared
+            return "an attribute of the model was removed"
+
+    def _difference(self) -> str:
         for name, live, kept in zip(self._names, self._live, self._kept):
             if not _same(live, kept):
                 return _container_difference(name, live, kept)
@@ -94,6 +106,9 @@ class Guard:
         for field, a, b in zip(self._fields, now.fields, before.fields):
             if not _same(a, b):
                 return f"an attribute of {field.name} changed ({_field_difference(field, a, b)})"
+        for a, b in zip(now.classes, before.classes):
+            if a is not b:
+                return f"the class of a module is {a.__name__} and was {b.__name__}"
         for name, a, b in zip(self._holder_names, now.sizes, before.sizes):
             if a != b:
                 return f"{name} has {a} attributes and had {b}"
@@ -108,7 +123,8 @@ class Guard:
         return _Snapshot(
             [*map(id, chain.from_iterable(map(dict.values, self._dicts)))],
             [getter(holder) for _, _, getter, holder in self._fields], [*map(len, self._holders)],
-            [*map(Tensor.data_ptr, self._plain)], [*map(_DTYPE, self._plain)], [_addresses(t) for t in self._wrapped])
+            [*map(type, self._modules)], [*map(Tensor.data_ptr, self._plain)], [*map(_DTYPE, self._plain)],
+            [_addresses(t) for t in self._wrapped])
 
     def _visit(self, name: str, value: Any, depth: int) -> None:
         if isinstance(value, _SCALARS) or id(value) in self._seen:
@@ -119,14 +135,25 @@ class Guard:
         elif isinstance(value, nn.Module):
             self._visit_module(name, value)
         elif depth > 0 and not (hasattr(value, "__len__") and len(value) > LONGEST):
-            if type(value) in (dict, list, set):
+            if isinstance(value, (dict, list, set)):
                 self._watch(name, value)
             for label, item in _parts(name, value):
                 self._visit(label, item, depth - 1)
-            if isinstance(value, FunctionType) and value.__closure__:
-                self._fields.append(_Field(name, list(value.__code__.co_freevars), _contents, value))
+            if isinstance(value, FunctionType):
+                self._visit_function(name, value, depth)
             if _is_object(value):
                 self._watch_fields(name, vars(value), list(vars(value)), depth)
+
+    def _visit_function(self, name: str, function: FunctionType, depth: int) -> None:
+        """Its closure and its defaults, and what it uses of the variables of its file, functions and types aside."""
+        if function.__closure__:
+            self._fields.append(_Field(name, list(function.__code__.co_freevars), _contents, function))
+        known = function.__globals__
+        names = [n for n in function.__code__.co_names if n in known and not isinstance(known[n], (type, *_CALLABLES))]
+        if names:
+            self._watch_values(name, known, names)
+        for value in (function.__defaults__, function.__kwdefaults__, *(known[n] for n in names)):
+            self._visit(name, value, depth - 1)
 
     def _watch(self, name: str, container: Any) -> None:
         """Numbers by what they are, so that an equal one is no change; tensors, whose == is none, by identity."""
@@ -143,6 +170,7 @@ class Guard:
 
     def _visit_module(self, name: str, module: nn.Module) -> None:
         own = vars(module)
+        self._modules.append(module)
         for container in (own[entry] for entry in _WATCHED):
             if container:
                 self._dicts.append(container)
@@ -152,20 +180,23 @@ class Guard:
         cls: Any = type(module)
         constant = _constants(cls)
         self._watch_fields(name, own, [key for key in own if key not in _OF_TORCH and key not in constant], DEPTH)
-        for group in ("_parameters", "_buffers", "_modules"):
+        for group in _WATCHED:
             for key, item in own[group].items():
                 self._visit(f"{name}.{key}", item, DEPTH)
 
     def _watch_fields(self, name: str, holder: dict[str, Any], keys: list[str], depth: int) -> None:
         self._holders.append(holder)
         self._holder_names.append(name)
+        self._watch_values(name, holder, keys)
+        for key in keys:
+            self._visit(f"{name}.{key}", holder[key], depth - 1)
+
+    def _watch_values(self, name: str, holder: dict[str, Any], keys: list[str]) -> None:
         plain = [key for key in keys if not isinstance(holder[key], Tensor)]
         if plain:
             self._fields.append(_Field(name, plain, operator.itemgetter(*plain), holder))
-        for key in keys:
-            if isinstance(holder[key], Tensor):
-                self._fields.append(_Field(f"{name}.{key}", [], partial(_identity, key), holder))
-            self._visit(f"{name}.{key}", holder[key], depth - 1)
+        for key in (key for key in keys if isinstance(holder[key], Tensor)):
+            self._fields.append(_Field(f"{name}.{key}", [], partial(_identity, key), holder))
 
 
 @functools.cache
@@ -188,6 +219,7 @@ class _Snapshot(NamedTuple):
     members: list[int]
     fields: list[Any]
     sizes: list[int]
+    classes: list[type]
     addresses: list[int]
     dtypes: list[torch.dtype]
     wrapped: list[Any]
@@ -233,7 +265,7 @@ def _addresses(tensor: Tensor) -> tuple[Any, ...]:
         return tuple(address for name in names for address in _addresses(getattr(tensor, name)))
     try:
         return tensor.data_ptr(), tensor.dtype
-    except RuntimeError:
+    except (RuntimeError, NotImplementedError):
         return id(tensor), tensor.dtype
 
 

@@ -23,11 +23,10 @@ from pydiff.graph.backend import Backend, Graph
 from pydiff.graph.buffers import Buffers
 from pydiff.graph.guards import Guard
 from pydiff.graph.request import Request, round_up
-from pydiff.loop import StageInfo, caller, hoist_out, raise_if_nonfinite
+from pydiff.loop import StageInfo, caller, hoist_out
 from pydiff.ops import table
 from pydiff.ops.noise import INITIAL_DRAW, normal
 from pydiff.ops.stage import stage
-from pydiff.state import State
 
 if TYPE_CHECKING:
     from pydiff.optimize.hoisting import HoistedModel
@@ -54,10 +53,12 @@ class Program:
         self._segments: OrderedDict[tuple[bool, int], Graph] = OrderedDict()
         self._longest = 0
         self._outputs: dict[Any, torch.Tensor] = {}
+        before = backend.memory(request.layout.device)
         with torch.inference_mode(False):
             self.buffers = Buffers(request.layout, round_up(request.rows_of_tables), request.arguments)
+        self.bytes = max(backend.memory(request.layout.device) - before, 0)
+        """Memory that torch took from the device for the buffers and the graphs."""
         self.guard: Guard | None = None
-        self.captures = self.guarded = 0  # so far, and when the guard was made
 
     @property
     def capacity(self) -> int:
@@ -103,6 +104,11 @@ class Program:
             stage(t, m)
         return m
 
+    def _call_model(self) -> None:
+        """Changes no state."""
+        assert self._call is not None
+        self._call(self.buffers.tensors.model_input)
+
     @contextlib.contextmanager
     def calling(self, wrapper: Callable[[Any], Any]) -> Iterator[None]:
         """Call the model through a wrapper meanwhile."""
@@ -118,8 +124,8 @@ class Program:
     def capture(self, mode: str) -> None:
         """Make the graphs that a mode needs whatever the number of stages, and use them from now on."""
         if mode != "eager" and not self._graphs:
-            self._graphs["begin"] = self._captured("begin", self.begin)
-            self._graphs["stage"] = self._captured("stage", lambda: self.advance(1), self._keep)
+            begin = self._captured("begin", self.begin)
+            self._graphs = {"begin": begin, "stage": self._captured("stage", lambda: self.advance(1), self._keep)}
         if mode == "device" and "device" not in self._graphs:
             t = self.buffers.tensors
             self._graphs["device"] = self._backend.device_loop(self._graphs["stage"], t.cursor, t.stop,
@@ -132,9 +138,12 @@ class Program:
             if output is not None:
                 self._outputs[key] = output  # as long as it is held, no other graph is given its memory
 
-        self.captures += 1
-        with torch.inference_mode(False), torch.no_grad(), without_autocast_cache(self.layout.device):
-            return self._backend.capture(body, self.layout.device, self._pool, keep)
+        device = self.layout.device
+        before = self._backend.memory(device)
+        with as_captured(device):
+            graph = self._backend.capture(body, device, self._pool, keep)
+        self.bytes += max(self._backend.memory(device) - before, 0)
+        return graph
 
     def _segment(self, first: bool, stages: int, chosen: bool) -> Graph | None:
         """A graph of just so many stages, or None where the run is to be put together out of single ones.
@@ -160,6 +169,9 @@ class Program:
             return self.advance(stages)
 
         try:
+            # Libraries make handles and plans for each thread, and this may be one that never called the model.
+            with as_captured(self.layout.device):
+                self._backend.warm_up(self._call_model, self.layout.device)
             self._segments[key] = self._captured(key, work)
         except RuntimeError as error:
             self._refused = f"{type(error).__name__}: {str(error):.200}"
@@ -215,8 +227,9 @@ class Program:
                 self._graphs["stage"].replay()
         return self._outputs["stage"]
 
-    def run(self, request: Request) -> Any:
-        """What `pydiff.run_plan` returns for the request, in the program's mode."""
+    @torch.no_grad()
+    def run(self, request: Request) -> tuple[Any, torch.Tensor | None]:
+        """What `pydiff.run_plan` returns for the request, in the program's mode; and the flags of `check_finite`."""
         self.load(request)
         if self.layout.starts and request.source is not None and request.source.is_function:
             request.source.draw()
@@ -239,20 +252,25 @@ class Program:
                 if done - 1 in request.stops and request.callback is not None:
                     assert m is not None
                     times = max(request.plans, key=len).model_times
-                    info = StageInfo(done - 1, request.total, float(times[done - 1]), x, m)
+                    info = StageInfo(done - 1, request.total, float(times[done - 1]), x, m.clone())
                     if request.callback(info):
                         break
-        result = x.clone()
+        result, flags = x.clone(), None
         if request.check_finite:
-            raise_if_nonfinite(State(self.buffers.tensors, request.plans, request.row_plan, request.source))
-        return (result, torch.stack(trajectory)) if trajectory is not None else result
+            flags = self.buffers.tables["nonfinite"].clone()
+        return (result, torch.stack(trajectory)) if trajectory is not None else result, flags
 
 
 @contextlib.contextmanager
-def without_autocast_cache(device: torch.device) -> Iterator[None]:
-    """Autocast keeps the weights it has cast until its block ends; a graph would go on reading them."""
-    if not torch.is_autocast_enabled(device.type):
-        yield
-        return
-    with torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), cache_enabled=False):
+def as_captured(device: torch.device) -> Iterator[None]:
+    """The modes in which loops are warmed up and captured, whatever the caller's: a compiler, say, makes code for each.
+
+    Autocast keeps the weights it has cast until its block ends, and a graph would go on reading them: no cache.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+            stack.enter_context(torch.autocast(device.type, dtype=dtype, cache_enabled=False))
         yield

@@ -101,6 +101,8 @@ def make_request(
     """
     if sum(v is not None for v in (seed, noise, generator)) > 1:
         raise TypeError("give at most one of seed, noise and generator")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     if model_dtype not in MODEL_DTYPES:
         raise ValueError(f"model_dtype must be one of {', '.join(map(str, MODEL_DTYPES))}, got {model_dtype}")
     device = _indexed(device)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pydiff.graph.backend import Backend
+from pydiff.graph.guards import Guard
 from pydiff.graph.problems import place_of_error
 from pydiff.graph.program import Program
 from pydiff.graph.request import Request
@@ -38,20 +39,28 @@ def warm_up(program: Program, request: Request, backend: Backend) -> bool:
     def stages() -> None:
         nonlocal drew
         program.play(True, WARM_UP_STAGES)
+        program.guard = Guard(request.model, program.buffers.arguments)
         offset = backend.random_offset(device)
         program.play(False, 1)
         drew = backend.random_offset(device) != offset
 
     def watched() -> None:
         program.load(request)
-        with backend.watch() as watch, program.calling(watch.model):
-            program.play(True, WATCHED_STAGES)
+        try:
+            with backend.watch() as watch, program.calling(watch.model):
+                program.play(True, WATCHED_STAGES)
+        except Exception as error:  # stages that nobody watched have just passed
+            raise Uncapturable.from_error(error) from error
         if watch.problems:
             raise Uncapturable("; ".join(map(str, watch.problems)))
 
-    backend.warm_up(stages, device)
-    if not is_compiled(request.model):  # a compiled model is no longer the code that was compiled
-        backend.warm_up(watched, device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        backend.warm_up(stages, device)
+        if not is_compiled(request.model):  # a compiled model is no longer the code that was compiled
+            backend.warm_up(watched, device)
+    assert program.guard is not None
+    if not program.guard.holds():
+        raise Uncapturable(f"every call changes the model, and a graph would not: {program.guard.difference()}")
     return drew
 
 

@@ -117,6 +117,8 @@ def test_a_broken_capture_raises_its_cause_and_puts_all_back(cuda, broken_end, m
         graphs.capture(body, DEVICE, "pool")
     assert cuda.current is before and gc.isenabled()
     assert released == ([(0, "pool")] if broken_end else [])
+    mended = [entry for entry in cuda.log if entry[:2] == ("begin", None)]
+    assert len(mended) == broken_end  # one more capture, whose end puts torch's generator in order
     cuda.broken_end = False
     graphs.capture(lambda: None, DEVICE, "pool")
 

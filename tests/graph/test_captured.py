@@ -206,6 +206,48 @@ def test_a_callback_ends_the_run_and_may_call_the_sampler() -> None:
     check(s, seed=SEEDS)
 
 
+def test_callbacks_and_noise_functions_run_without_gradients_as_in_the_eager_loop() -> None:
+    s = sampler("stage", "dpmpp_2m_sde", 4)
+    weight = torch.ones(SHAPE, requires_grad=True)
+    seen: list[bool] = []
+    check(s, torch.randn(SHAPE), noise=lambda k: weight * (k + 1),
+          callback=lambda info: seen.append((weight * info.x).requires_grad))
+    assert seen == [False] * 8
+
+
+def test_the_model_output_of_a_callback_may_be_kept() -> None:
+    s = sampler("loop", "dpmpp_2m", 4)
+    kept: list[torch.Tensor] = []
+    check(s, seed=SEEDS, callback=lambda info: kept.append(info.model_output))
+    assert all(torch.equal(a, b) for a, b in zip(kept[:4], kept[4:])) and not torch.equal(kept[0], kept[1])
+
+
+def test_torchs_seed_gives_the_same_samples_with_and_without_a_graph() -> None:
+    s = pydiff.Sampler(Net(), "dpmpp_2m_sde", 4, graph="auto")
+    for x in (SHAPE, torch.randn(SHAPE)):
+        torch.manual_seed(3)
+        first = s(x)
+        torch.manual_seed(3)
+        assert torch.equal(first, eager(s, x))
+
+
+class Noisy(Net):
+    def forward(self, x, t):
+        return super().forward(x, t) + 0.1 * torch.rand(())
+
+
+def test_warming_up_leaves_torchs_generator_where_it_was() -> None:
+    s = pydiff.Sampler(Noisy(), "ddim", 4)
+    s.graphs = CapturedLoop("stage", 4, RecordedGraphs())
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    s.graphs._backend.problems = ["refused"]
+    with pytest.warns(UserWarning, match="refused"):
+        first = s(SHAPE, seed=SEEDS)
+    torch.set_rng_state(before)
+    assert torch.equal(first, eager(s, SHAPE, seed=SEEDS))
+
+
 def test_rows_that_are_not_finite_are_named() -> None:
     s = sampler("loop", "ddim", 8)
     x = torch.randn(SHAPE)

@@ -1,14 +1,12 @@
-"""Which graphs a sampler holds: guards, the bounded store, the choice of a mode, and what happens where none can be."""
+"""Which graphs a sampler holds: the bounded store, the choice of a mode, and what happens where there is no graph."""
 
 from __future__ import annotations
 
-import functools
 import threading
 import warnings
 
 import pytest
 import torch
-from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import pydiff
@@ -20,182 +18,6 @@ from tests.graph.test_captured import SEEDS, SHAPE, check, eager, sampler
 
 def shape(k: int) -> tuple[int, ...]:
     return (2, k + 1)
-
-
-# ---------------------------------------------------------------------------- guards
-
-
-def test_weights_changed_in_place_are_honoured() -> None:
-    s = sampler("loop", "ddim", 5)
-    before = check(s, seed=SEEDS)
-    with torch.no_grad():
-        s.model.gain.copy_(torch.tensor(0.5))
-        s.model.offset.add_(1)
-    assert not torch.equal(check(s, seed=SEEDS), before)
-    assert s.stats().captures == 1 and s.stats().recaptures == 0
-
-
-def replace_parameter(net: Net) -> None:
-    net.gain = nn.Parameter(torch.tensor(0.5))
-
-
-def replace_data(net: Net) -> None:
-    net.gain.data = torch.tensor(0.5)
-
-
-def replace_buffer(net: Net) -> None:
-    net.offset = torch.tensor(0.5)
-
-
-def add_hook(net: Net) -> None:
-    net.register_forward_hook(lambda module, inputs, output: 2 * output)
-
-
-def patch_forward(net: Net) -> None:
-    net.forward = functools.partial(lambda f, x, t: 2 * f(x, t), net.forward)
-
-
-def change_number(net: Net) -> None:
-    net.scale = 0.25
-
-
-def other_dtype(net: Net) -> None:
-    net.double()
-
-
-CHANGES = [replace_parameter, replace_data, replace_buffer, add_hook, patch_forward, change_number, other_dtype]
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
-def test_what_a_graph_would_not_see_is_captured_anew_with_one_warning(change) -> None:
-    s = sampler("loop", "ddim", 5, model_dtype=torch.float32)
-    before = check(s, seed=SEEDS)
-    change(s.model)
-    with pytest.warns(UserWarning, match="since the loop was captured: it is captured anew"):
-        after = s(SHAPE, seed=SEEDS)
-    assert torch.equal(after, eager(s, SHAPE, seed=SEEDS))
-    assert torch.equal(after, before) == (change is other_dtype)
-    assert s.stats().recaptures == 1 and s.stats().captures == 2
-    replace_parameter(s.model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check(s, seed=SEEDS)
-    assert s.stats().recaptures == 2
-
-
-class Counting(Net):
-    """Counts its calls, and keeps what it saw last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls, self.seen = 0, None
-
-    def forward(self, x, t):
-        self.calls, self.seen = self.calls + 1, x
-        return super().forward(x, t)
-
-
-def test_what_captures_themselves_change_in_a_model_is_no_change() -> None:
-    s = pydiff.Sampler(Counting(), "ddim", 5)
-    s.graphs = CapturedLoop("loop", 4, RecordedGraphs())
-    for steps in (5, 5, 7, 5, 8, 8):  # longer ones are captured on the way
-        s(SHAPE, seed=SEEDS, plan=s.make_plan("ddim", steps))
-    assert s.stats().captures == 1
-    s.model(torch.ones(SHAPE), torch.ones(3))
-    with pytest.warns(UserWarning, match="calls: .* became"):
-        s(SHAPE, seed=SEEDS)
-
-
-def test_without_its_guard_a_graph_goes_stale(monkeypatch) -> None:
-    monkeypatch.setattr("pydiff.graph.guards.Guard.holds", lambda self: True)
-    s = sampler("loop", "ddim", 5)
-    before = s(SHAPE, seed=SEEDS)
-    replace_parameter(s.model)
-    assert torch.equal(s(SHAPE, seed=SEEDS), before)
-    assert not torch.equal(eager(s, SHAPE, seed=SEEDS), before)
-
-
-class Adapter(nn.Module):
-    """A LoRA layer as peft makes them: scales in a dictionary, weights in modules of their own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.base, self.lora = nn.Linear(5, 5), nn.ModuleDict({"a": nn.Linear(5, 5)})
-        self.scaling, self.active = {"a": 0.5}, ["a"]
-
-    def forward(self, x, t):
-        return self.base(x) + sum(self.scaling[k] * self.lora[k](x) for k in self.active)
-
-
-def test_lora_scales_and_adapters_are_seen() -> None:
-    model = Adapter().requires_grad_(False)
-    s = pydiff.Sampler(model, "ddim", 4)
-    s.graphs = CapturedLoop("loop", 4, RecordedGraphs())
-    check(s, (2, 5), seed=[1, 2])
-
-    def scale() -> None:
-        model.scaling["a"] = 2.0
-
-    def switch_off() -> None:
-        model.active.clear()
-
-    def another() -> None:
-        model.lora["b"], model.scaling["b"] = nn.Linear(5, 5), 1.0
-        model.active.append("b")
-
-    with pytest.warns(UserWarning, match="model.scaling.a was replaced"):
-        scale()
-        check(s, (2, 5), seed=[1, 2])
-    for change in (switch_off, another):
-        change()
-        before = s.stats().captures
-        check(s, (2, 5), seed=[1, 2])
-        assert s.stats().captures == before + 1
-
-
-@pytest.mark.parametrize("make", ["closure", "partial", "method", "object"])
-def test_models_that_are_no_modules_are_guarded(make) -> None:
-    net, factor = Net(), 1.0
-
-    class Wrapper:
-        def __init__(self) -> None:
-            self.net, self.factor = net, 1.0
-
-        def __call__(self, x, t):
-            return self.factor * self.net(x, t)
-
-    wrapper = Wrapper()
-    model = {"closure": lambda x, t: factor * net(x, t), "partial": functools.partial(net, labels=None),
-             "method": net.forward, "object": wrapper}[make]
-    s = pydiff.Sampler(model, "ddim", 4)
-    s.graphs = CapturedLoop("loop", 4, RecordedGraphs())
-    before = check(s, seed=SEEDS)
-    factor = wrapper.factor = 0.5
-    if make in ("partial", "method"):
-        replace_parameter(net)
-    with pytest.warns(UserWarning, match="captured anew"):
-        assert not torch.equal(check(s, seed=SEEDS), before)
-
-
-def test_training_flags_are_part_of_the_key() -> None:
-    s = sampler("loop", "ddim", 4)
-    for training in (False, True, False, True):
-        s.model.train(training)
-        check(s, seed=SEEDS)
-    assert s.stats().captures == 2 and s.stats().recaptures == 0
-    inner = nn.Dropout(0.0)
-    s.model.add_module("inner", inner)
-    s.model.eval()
-    with pytest.warns(UserWarning, match="captured anew"):
-        check(s, seed=SEEDS)
-
-
-def test_another_model_in_the_same_sampler() -> None:
-    s = sampler("loop", "ddim", 4)
-    before = check(s, seed=SEEDS)
-    s.model = Net().requires_grad_(False)
-    s.model.gain.mul_(0.5)
-    assert not torch.equal(check(s, seed=SEEDS), before)
 
 
 # ---------------------------------------------------------------------------- the store
@@ -328,11 +150,11 @@ def test_a_model_that_cannot_be_captured_runs_eagerly_with_one_warning() -> None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check(s, seed=SEEDS)
-    assert s.stats().eager == 2 and backend.alive == 0 and "model.py:3" in next(iter(s.stats().refused.values()))
+    assert s.stats().eager == 2 and backend.alive == 0 and "model.py:3" in s.stats().refused[0]
     backend.problems = []
-    s.release()
+    s.model.scale = 0.5  # it was mended
     check(s, seed=SEEDS)
-    assert s.stats().captures == 1
+    assert s.stats().captures == 1 and not s.stats().refused
 
 
 class Refusing(Net):
@@ -358,7 +180,7 @@ def test_out_of_memory_while_capturing_leaves_a_sampler_that_works() -> None:
     with pytest.warns(UserWarning, match="runs without a graph: CUDA out of memory"):
         check(s, seed=SEEDS)
     backend.fail = None
-    check(s, shape(1), seed=[1, 2])
+    check(s, seed=SEEDS)
     assert s.stats().captures == 1 and backend.used_pools[0] is backend.pools[-1]
 
 
