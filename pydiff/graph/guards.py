@@ -15,7 +15,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, compress, islice
+from itertools import compress
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -54,10 +54,8 @@ class Guard:
     """A model as it is now, to be compared with what it is later."""
 
     def __init__(self, model: Any, arguments: Any = None):
-        self._dicts: list[dict[Any, Any]] = []  # compared by the identity of their values
-        self._dict_names: list[str] = []
         self._empty: list[tuple[str, dict[Any, Any]]] = []  # dictionaries that must stay so
-        self._live: list[Any] = []  # containers of plain values, and
+        self._live: list[Any] = []  # containers, and
         self._kept: list[Any] = []  # what was in them
         self._names: list[str] = []  # of these
         self._fields: list[_Field] = []
@@ -72,7 +70,6 @@ class Guard:
         plain = [type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided for t in tensors]
         self._plain = [*compress(tensors, plain)]
         self._wrapped = [t for t, is_plain in zip(tensors, plain) if not is_plain]
-        self._sizes = [*map(len, self._dicts)]
         self._empty_dicts = [container for _, container in self._empty]
         self._state = self._now()
 
@@ -98,11 +95,6 @@ class Guard:
             if container:
                 return f"{name}: a hook, a module or a weight was added"
         now, before = self._now(), self._state
-        members = iter(before.members)
-        for name, container, size in zip(self._dict_names, self._dicts, self._sizes):
-            changed = _member_difference(container, [*islice(members, size)])
-            if changed:
-                return f"{name}{changed}"
         for field, a, b in zip(self._fields, now.fields, before.fields):
             if not _same(a, b):
                 return f"an attribute of {field.name} changed ({_field_difference(field, a, b)})"
@@ -121,7 +113,6 @@ class Guard:
 
     def _now(self) -> _Snapshot:
         return _Snapshot(
-            [*map(id, chain.from_iterable(map(dict.values, self._dicts)))],
             [getter(holder) for _, _, getter, holder in self._fields], [*map(len, self._holders)],
             [*map(type, self._modules)], [*map(Tensor.data_ptr, self._plain)], [*map(_DTYPE, self._plain)],
             [_addresses(t) for t in self._wrapped])
@@ -156,25 +147,22 @@ class Guard:
             self._visit(name, value, depth - 1)
 
     def _watch(self, name: str, container: Any) -> None:
-        """Numbers by what they are, so that an equal one is no change; tensors, whose == is none, by identity."""
+        """Python's == asks whether two are the same object first, so that an equal number is no change, and to compare
+        another tensor in the place of one raises. Not where it has a single element: then they may be equal."""
         items = container.values() if isinstance(container, dict) else container
-        if not any(isinstance(item, Tensor) for item in items):
+        if any(isinstance(item, Tensor) and item.numel() == 1 for item in items):
+            self._fields.append(_Field(name, [], _identities, container))
+        else:
             self._names.append(name)
             self._live.append(container)
             self._kept.append(container.copy())
-        elif isinstance(container, dict):
-            self._dicts.append(container)
-            self._dict_names.append(name)
-        else:
-            self._fields.append(_Field(name, [], _identities, container))
 
     def _visit_module(self, name: str, module: nn.Module) -> None:
         own = vars(module)
         self._modules.append(module)
         for container in (own[entry] for entry in _WATCHED):
             if container:
-                self._dicts.append(container)
-                self._dict_names.append(name)
+                self._watch(name, container)
             else:
                 self._empty.append((name, container))
         cls: Any = type(module)
@@ -216,7 +204,6 @@ class _Field(NamedTuple):
 
 
 class _Snapshot(NamedTuple):
-    members: list[int]
     fields: list[Any]
     sizes: list[int]
     classes: list[type]
@@ -230,7 +217,7 @@ def _identity(key: str, holder: dict[str, Any]) -> int:
 
 
 def _identities(container: Any) -> list[int]:
-    return [*map(id, container)]
+    return [*map(id, container.values() if isinstance(container, dict) else container)]
 
 
 def _is_object(value: Any) -> bool:
@@ -280,18 +267,9 @@ def _container_difference(name: str, live: Any, kept: Any) -> str:
     if isinstance(live, dict) and isinstance(kept, dict):
         for key in dict.fromkeys([*kept, *live]):
             if key not in live or key not in kept or not _same(live[key], kept[key]):
-                return f"{name}.{key} was replaced" if isinstance(key, str) else f"an entry of {name} was replaced"
-    return f"{name} changed"
-
-
-def _member_difference(container: dict[Any, Any], before: list[int]) -> str:
-    now = [*map(id, container.values())]
-    if now == before:
-        return ""
-    changed = [key for key, a, b in zip(container, now, before) if a != b] if len(now) == len(before) else []
-    if changed and isinstance(changed[0], str):
-        return f".{changed[0]} was replaced"
-    return ": a hook, a module or a weight was added, removed or replaced"
+                if isinstance(key, str):
+                    return f"{name}.{key} was replaced"
+    return f"{name}: a hook, a module, a weight or an entry was added, removed or replaced"
 
 
 def _field_difference(field: _Field, now: Any, before: Any) -> str:
