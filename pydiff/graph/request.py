@@ -15,8 +15,6 @@ from pydiff.ops.stage import MODEL_DTYPES
 from pydiff.plan import Plan
 from pydiff.state import Seed, check_operands, check_x, distinct_plans, seed_values
 
-OPERANDS = ("mask", "known", "constant", "extra")
-
 
 class Layout(NamedTuple):
     """What decides the shapes of a captured loop's buffers, beside the number of stages."""
@@ -27,7 +25,7 @@ class Layout(NamedTuple):
     model_dtype: torch.dtype
     copies: int
     operands: tuple[str, ...]
-    """Which of `OPERANDS` are given."""
+    """Which of mask, known, constant and extra are given."""
     draws: int
     """How many draws of the caller's noise are kept at once; 0 where noise comes from the seeds."""
     fresh: bool
@@ -93,7 +91,10 @@ def make_request(
     return_trajectory: bool = False,
     check_finite: bool = True,
     hoist: bool = True,
-    **operands: torch.Tensor | None,
+    mask: torch.Tensor | None = None,
+    known: torch.Tensor | None = None,
+    constant: torch.Tensor | None = None,
+    extra: torch.Tensor | None = None,
 ) -> Request:
     """A request out of the arguments of `run_plan`; x may be None, to be drawn in `shape` [B, *sample] on `device`.
 
@@ -109,8 +110,8 @@ def make_request(
     if x is not None:
         check_x(x)
     plans, row_plan = distinct_plans(plan, shape[0])
-    given = {name: operands.get(name) for name in OPERANDS}
-    check_operands(plans, **given)
+    operands = {"mask": mask, "known": known, "constant": constant, "extra": extra}
+    check_operands(plans, **operands)
     if generator is not None:
         noise = from_generator(generator, torch.empty((), dtype=dtype, device=device).expand(shape))
     if noise is not None and len(plans) > 1:
@@ -120,7 +121,7 @@ def make_request(
         source = NoiseSource(plans[0], noise, torch.empty((), dtype=dtype, device=device).expand(shape))
     kept = 0 if source is None or not plans[0].num_draws else len(source.buffer)
     guided = any(p.guided for p in plans)
-    present = {name: value for name, value in given.items() if value is not None}
+    present = {name: value for name, value in operands.items() if value is not None}
     starts = any(p.start_scale != 1 or p.start_noise != 0 for p in plans)
     layout = Layout(device, shape, dtype, model_dtype, 2 if guided else 1, tuple(present), round_up(kept), x is None,
                     starts)

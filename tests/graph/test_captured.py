@@ -308,3 +308,14 @@ def test_a_state_and_a_sampler_can_be_copied() -> None:
     loaded = pickle.loads(pickle.dumps(pydiff.Sampler(Net(), "ddim", 4, graph="loop")))
     with pytest.warns(UserWarning, match="CUDA graphs need a CUDA device"):
         assert torch.equal(loaded(SHAPE, seed=SEEDS), first)
+
+
+def test_a_compiled_model() -> None:
+    s = pydiff.Sampler(torch.compile(ConvNet().eval(), backend="eager"), "dpmpp_2m", 4)
+    s.graphs = CapturedLoop("loop", 4, RecordedGraphs())
+    for seed in ([1, 2], [3, 4]):
+        check(s, (2, 4, 8, 8), seed=seed)
+    with torch.no_grad():
+        s.model.first.weight.mul_(0.5)
+    check(s, (2, 4, 8, 8), seed=[1, 2])
+    assert s.stats().captures == 1 and s.stats().eager == 0

@@ -249,7 +249,8 @@ def test_errors_of_the_call_come_before_any_work() -> None:
                              ({"uncond": {}, "seed": [1]}, "seed must be one integer or one for each"),
                              ({"uncond": {}, "callback": 3}, "callback must be callable"),
                              ({"uncond": {}, "callback": print, "callback_steps": 0}, "callback_steps must be"),
-                             ({"uncond": {}, "plan": "ddim"}, "plan must be a Plan")]:
+                             ({"uncond": {}, "plan": "ddim"}, "plan must be a Plan"),
+                             ({"uncond": {}, "masks": torch.ones(1)}, "unexpected keyword argument 'masks'")]:
         with pytest.raises((TypeError, ValueError), match=message):
             s(SHAPE, **options)
     with pytest.raises(ValueError, match="mask must be a tensor that broadcasts"):
