@@ -2,9 +2,9 @@
 
     python examples/serve_threads.py --requests 32 --threads 4
 
-Each request brings its own class, seed, number of steps and guidance scale. All are captured once, when the service
-starts; a request then costs a copy of a small table and a launch. Without a CUDA device the same samples come from the
-eager loop.
+Each request brings its own class, seed, number of steps and guidance scale. Every batch size and number of steps is
+captured when the service starts; a request then costs a copy of a small table and a launch. Without a CUDA device the
+same samples come from the eager loop.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ if str(ROOT) not in sys.path:  # run from a checkout, without installing
 import pydiff  # noqa: E402
 from pydiff.models import UNet  # noqa: E402
 
+SCALES = [1.5, 2.0, 4.0]
+
 
 @dataclass
 class Job:
@@ -40,27 +42,27 @@ class Job:
 class Service:
     """Samplers by batch size. Requests of different sizes do not wait for each other; those of one size take turns."""
 
-    def __init__(self, model: UNet, sizes: list[int], most_steps: int):
+    def __init__(self, model: UNet, sizes: list[int], steps: list[int]):
         self.model = model
         graph = "auto" if next(model.parameters()).is_cuda else False
         self.samplers = {
-            size: pydiff.Sampler(model, "dpmpp_2m", most_steps, guidance_scale=2.0, graph=graph, max_graphs=1)
+            size: pydiff.Sampler(model, "dpmpp_2m", max(steps), guidance_scale=2.0, graph=graph, max_graphs=1)
             for size in sizes
         }
-        # Compiled once and kept: a plan is checked whenever it is made.
-        any_sampler = self.samplers[sizes[0]]
-        self.plans = {steps: any_sampler.make_plan("dpmpp_2m", steps, guidance_scale=2.0)
-                      for steps in range(1, most_steps + 1)}
-        for size in sizes:  # before the first request: warm-up and capture
-            self.sample(Job(0, [0] * size, most_steps, 2.0))
+        # Compiled once and kept: a plan is checked whenever it is made, which takes longer than a launch.
+        compiler = self.samplers[sizes[0]]
+        self.plans = {(n, scale): compiler.make_plan("dpmpp_2m", n, guidance_scale=scale)
+                      for n in steps for scale in SCALES}
+        for size in sizes:  # before the first request: warm-up and capture, so that the longest run comes last
+            for n in sorted(steps):
+                self.sample(Job(0, [0] * size, n, SCALES[0]))
 
     def sample(self, job: Job) -> torch.Tensor:
         """Images [seeds, 1, 28, 28] in [-1, 1]."""
         labels = torch.full((len(job.seeds),), job.label, device=next(self.model.parameters()).device)
         return self.samplers[len(job.seeds)](
-            (len(job.seeds), *self.model.sample_shape), plan=self.plans[job.steps], seed=job.seeds,
-            guidance_scale=job.guidance_scale, cond={"labels": labels},
-            uncond={"labels": torch.full_like(labels, self.model.null_label)},
+            (len(job.seeds), *self.model.sample_shape), plan=self.plans[job.steps, job.guidance_scale], seed=job.seeds,
+            cond={"labels": labels}, uncond={"labels": torch.full_like(labels, self.model.null_label)},
         )  # fmt: skip
 
     def close(self) -> None:
@@ -68,11 +70,11 @@ class Service:
             sampler.release()
 
 
-def random_job(seed: int, sizes: list[int], most_steps: int) -> Job:
+def random_job(seed: int, sizes: list[int], steps: list[int]) -> Job:
     draw = random.Random(seed)
     size = draw.choice(sizes)
     seeds = [draw.randrange(2**32) for _ in range(size)]
-    return Job(draw.randrange(10), seeds, draw.randint(1, most_steps), draw.choice([1.5, 2.0, 4.0]))
+    return Job(draw.randrange(10), seeds, draw.choice(steps), draw.choice(SCALES))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4], help="batch sizes that are served")
-    parser.add_argument("--steps", type=int, default=10, help="the most steps that a request may ask for")
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10], help="numbers of steps that are served")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
 

@@ -12,7 +12,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pydiff.fake_cuda_functions import ANYWHERE, CUDA, ON_CUDA, plausible, shape_depends_on_values
+from pydiff.graph.guards import names_used
 
 T = TypeVar("T")
 _one_thread = threading.RLock()  # torch's fake mode keeps what it is doing in itself
@@ -185,15 +186,10 @@ def _globals(function: FunctionType) -> dict[str, Any]:
     there = function.__globals__
     if str(there.get("__name__")).split(".")[0] == "torch":
         return {}
-    found = {name: _as_written(there[name]) for name in _names(function.__code__) if name in there}
+    found = {name: _as_written(there[name]) for name in names_used(function.__code__) if name in there}
     return {name: value for name, value in found.items()
             if not isinstance(value, (type, ModuleType))
             and not (isinstance(value, FunctionType) and value.__globals__ is not there)}
-
-
-def _names(code: CodeType) -> set[str]:
-    inner = (c for c in code.co_consts if isinstance(c, CodeType))
-    return set(code.co_names).union(*map(_names, inner))
 
 
 # ---------------------------------------------------------------------------- modes
@@ -243,11 +239,21 @@ class _SpeltOut(ReentrantMode):
     """Functions for which a torch without CUDA finds no device guard, out of others that need none."""
 
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and _would_record(function, (args, kwargs)):
+            # Autograd would end the process: it asks for a device guard where no error is caught.
+            raise NotImplementedError("gradients on fake CUDA tensors need a torch that is built with CUDA")
         if function in ANYWHERE:
             return ANYWHERE[function](*args, **kwargs)
         if function in ON_CUDA and isinstance(args[0], FakeTensor) and args[0].device.type == "cuda":
             return ON_CUDA[function](*args, **kwargs)
         return function(*args, **kwargs)
+
+
+def _would_record(function: Any, arguments: Any) -> bool:
+    """Whether autograd would take part in a call, in a torch that cannot do that on fake CUDA tensors."""
+    if torch.backends.cuda.is_built() or getattr(function, "__name__", "") == "__get__":
+        return False
+    return any(isinstance(t, FakeTensor) and t.requires_grad for t in pytree.tree_leaves(arguments))
 
 
 class _Operators(TorchDispatchMode):

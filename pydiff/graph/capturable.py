@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from pydiff.conditions import check_condition
 from pydiff.fake_cuda import fake_cuda, fake_mode
@@ -47,8 +49,11 @@ class CaptureReport:
     def __str__(self) -> str:
         seen = f"{self.calls} model calls, {self.operators} operators"
         if self.ok:
-            return f"nothing was found that prevents the capture in a CUDA graph ({seen})"
+            compared = "" if self.calls >= STEPS else f"; calls were not compared, being fewer than {STEPS}"
+            return f"nothing was found that prevents the capture in a CUDA graph ({seen}{compared})"
         lines = [f"in the way of the capture in a CUDA graph: {len(self.problems)} found ({seen})"]
+        if all(p.kind == "error" for p in self.problems):
+            lines = [f"the loop could not be followed to its end ({seen})"]
         for p in self.problems:
             lines += ["", f"{p.kind}: {p.what}", f"  {p.file}:{p.line} in {p.function}", f"    {p.code}",
                       f"  {p.remedy}"]
@@ -62,7 +67,8 @@ def check_capturable(model: Model | Sampler, x: torch.Tensor | Sequence[int], *,
     """What prevents the capture of a model's sampling loop in a CUDA graph, with file and line.
 
     The eager loop runs for a few steps on fake CUDA tensors: no GPU is needed, no memory is taken for the weights, and
-    neither model nor tensors are changed. What a library decides on the device alone is not seen.
+    neither model nor tensors are changed. What a library decides on the device alone is not seen, and tensors that the
+    model holds are taken to be on the device already.
 
     Args:
         model: any callable model(x, t, **cond), on any device, the meta device included; or a `pydiff.Sampler`, whose
@@ -80,6 +86,9 @@ def check_capturable(model: Model | Sampler, x: torch.Tensor | Sequence[int], *,
     check_condition("cond", cond)
     check_condition("uncond", uncond)
     sampler = _sampler(model, options)
+    modules = sampler.model.modules() if isinstance(sampler.model, nn.Module) else ()
+    if any(p is not None and is_lazy(p) for module in modules for p in module._parameters.values()):
+        raise ValueError("the model has lazy parameters: call it once first")
     return check_plan(sampler.plan, sampler.model, _sample(x, sampler.dtype), cond=cond, uncond=uncond,
                       dtype=sampler.dtype, model_dtype=sampler.model_dtype)
 
@@ -121,9 +130,11 @@ def _sampler(model: Any, options: dict[str, Any]) -> Sampler:
 
 
 def _sample(x: Any, dtype: torch.dtype) -> torch.Tensor:
-    if isinstance(x, torch.Tensor):
-        return x
-    shape = tuple(x) if isinstance(x, Sequence) else ()
+    shape = tuple(x.shape) if isinstance(x, torch.Tensor) else tuple(x) if isinstance(x, Sequence) else ()
     if not shape or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise TypeError(f"x must be a tensor or a shape [batch, *sample], got {x!r:.80}")
+    if not shape[0]:
+        raise ValueError(f"x must have a row at least, got shape {list(shape)}")
+    if isinstance(x, torch.Tensor):
+        return x
     return torch.empty(shape, dtype=dtype, device="meta")

@@ -66,7 +66,7 @@ class Refusal(NamedTuple):
     shape: str
     reason: str
     guard: Guard | None
-    """The model it was of: a changed one is tried again. None where every call changes it."""
+    """The model it was of: a changed one is tried again. None where every call changes it, or it cannot be guarded."""
 
 
 class CapturedLoop:
@@ -160,6 +160,9 @@ class CapturedLoop:
         while len(self._programs) >= self.max_graphs:
             self._drop(next(iter(self._programs)))
             self._stats.evictions += 1
+        if self._stats.evictions == 2 * self.max_graphs:
+            self._warn("turns", "calls take turns with more shapes and conditions than max_graphs, and capture again "
+                                "and again: raise max_graphs, and make objects in cond once")
         program = None
         try:
             with as_captured(device):
@@ -224,12 +227,12 @@ class CapturedLoop:
     # ------------------------------------------------------------------ giving back
 
     def _give_up(self, key: Hashable, request: Request, program: Program | None, reason: str) -> None:
-        changes = program is not None and program.guard is not None and not program.guard.holds()
+        guard = program.guard if program is not None else None
         self._release(program, request.layout.device)
         while len(self._refused) >= MAX_REFUSED:
             self._refused.popitem(last=False)
-        guard = None if changes else Guard(request.model)
-        self._refused[key] = Refusal(str(list(request.layout.shape)), reason, guard)
+        lasting = guard is None or not guard.holds()
+        self._refused[key] = Refusal(str(list(request.layout.shape)), reason, None if lasting else Guard(request.model))
         self._warn(reason, f"the loop runs without a graph: {reason}")
 
     def _pool(self, device: torch.device) -> Any:

@@ -16,7 +16,7 @@ import operator
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import compress
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -123,9 +123,12 @@ class Guard:
         self._seen.add(id(value))
         if isinstance(value, Tensor):
             self._tensors[id(value)] = (name, value)
+        elif isinstance(value, torch.jit.ScriptModule):  # its Python attributes are not what runs
+            for key, tensor in (*value.named_parameters(), *value.named_buffers()):
+                self._visit(f"{name}.{key}", tensor, depth)
         elif isinstance(value, nn.Module):
             self._visit_module(name, value)
-        elif depth > 0 and not (hasattr(value, "__len__") and len(value) > LONGEST):
+        elif depth > 0 and _length(value) <= LONGEST:
             if isinstance(value, (dict, list, set)):
                 self._watch(name, value)
             for label, item in _parts(name, value):
@@ -133,6 +136,9 @@ class Guard:
             if isinstance(value, FunctionType):
                 self._visit_function(name, value, depth)
             if _is_object(value):
+                called = vars(type(value)).get("__call__")
+                if isinstance(called, FunctionType):
+                    self._visit_function(name, called, depth)
                 self._watch_fields(name, vars(value), list(vars(value)), depth)
 
     def _visit_function(self, name: str, function: FunctionType, depth: int) -> None:
@@ -140,7 +146,8 @@ class Guard:
         if function.__closure__:
             self._fields.append(_Field(name, list(function.__code__.co_freevars), _contents, function))
         known = function.__globals__
-        names = [n for n in function.__code__.co_names if n in known and not isinstance(known[n], (type, *_CALLABLES))]
+        used = sorted(names_used(function.__code__))
+        names = [n for n in used if n in known and not isinstance(known[n], (type, *_CALLABLES))]
         if names:
             self._watch_values(name, known, names)
         for value in (function.__defaults__, function.__kwdefaults__, *(known[n] for n in names)):
@@ -224,6 +231,19 @@ def _is_object(value: Any) -> bool:
     """Whether a value is an object of somebody's class, whose attributes say what it does."""
     return hasattr(value, "__dict__") and not isinstance(value, (type, *_CALLABLES)) \
         and type(value).__module__ not in ("builtins", "threading", "logging", "collections")
+
+
+def names_used(code: CodeType) -> set[str]:
+    """Names that code looks up in its globals (and attributes), in the functions within it too."""
+    inner = (c for c in code.co_consts if isinstance(c, CodeType))
+    return set(code.co_names).union(*map(names_used, inner))
+
+
+def _length(value: Any) -> int:
+    try:
+        return len(value)
+    except Exception:  # what has none, or does not tell it
+        return 0
 
 
 def _contents(function: Any) -> list[Any]:

@@ -31,6 +31,8 @@ from pydiff.ops.stage import stage
 if TYPE_CHECKING:
     from pydiff.optimize.hoisting import HoistedModel
 
+LEAST_ROWS = 64
+"""Rows of the tables, at 200 bytes each: the numbers of steps in use fit the same graphs."""
 MAX_SEGMENTS = 8
 """Segments that a program keeps; a longer one takes the place of the least recently used."""
 
@@ -55,7 +57,8 @@ class Program:
         self._outputs: dict[Any, torch.Tensor] = {}
         before = backend.memory(request.layout.device)
         with torch.inference_mode(False):
-            self.buffers = Buffers(request.layout, round_up(request.rows_of_tables), request.arguments)
+            rows = round_up(max(request.rows_of_tables, LEAST_ROWS))
+            self.buffers = Buffers(request.layout, rows, request.arguments)
         self.bytes = max(backend.memory(request.layout.device) - before, 0)
         """Memory that torch took from the device for the buffers and the graphs."""
         self.guard: Guard | None = None

@@ -34,12 +34,18 @@ def warm_up(program: Program, request: Request, backend: Backend) -> bool:
     Raises `Uncapturable` where something was seen that a capture does not survive or would freeze.
     """
     device = request.layout.device
-    drew = False
+    model: Any = request.model if isinstance(request.model, nn.Module) else nn.Module()
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers() if not buffer.is_inference()}
+    drew, versions = False, dict[str, int]()
 
     def stages() -> None:
         nonlocal drew
         program.play(True, WARM_UP_STAGES)
-        program.guard = Guard(request.model, program.buffers.arguments)
+        try:
+            program.guard = Guard(request.model, program.buffers.arguments)
+        except Exception as error:
+            raise Uncapturable(f"the model cannot be guarded against changes: {error!r:.300}") from error
+        versions.update({name: buffer._version for name, (buffer, _) in buffers.items()})
         offset = backend.random_offset(device)
         program.play(False, 1)
         drew = backend.random_offset(device) != offset
@@ -59,6 +65,11 @@ def warm_up(program: Program, request: Request, backend: Backend) -> bool:
         if not is_compiled(request.model):  # a compiled model is no longer the code that was compiled
             backend.warm_up(watched, device)
     assert program.guard is not None
+    written = [name for name, (buffer, _) in buffers.items() if buffer._version != versions[name]]
+    if written:
+        for buffer, before in buffers.values():
+            buffer.copy_(before)
+        raise Uncapturable(f"every call writes into the buffer {written[0]}: warming up would change the samples")
     if not program.guard.holds():
         raise Uncapturable(f"every call changes the model, and a graph would not: {program.guard.difference()}")
     return drew

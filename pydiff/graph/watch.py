@@ -54,6 +54,8 @@ _FUNCTIONS = (
     (torch.cuda.Stream, "synchronize", "torch.cuda.Stream.synchronize()"),
     (torch.cuda, "empty_cache", "torch.cuda.empty_cache()"),
 )
+_WITHOUT_CUDA = ("not linked with support for cuda", "not compiled with CUDA", "built with CUDA")
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _one_at_a_time = threading.RLock()  # the functions above are exchanged for the whole process
 
 
@@ -128,6 +130,8 @@ class Watch:
         """Note the error that ended the code, unless something found before explains it."""
         if not self._found:
             text = str(error).strip().partition("\n")[0]
+            if any(words in text for words in _WITHOUT_CUDA):
+                text += " (this torch has no CUDA, and what follows cannot be seen without a GPU)"
             self.record("error", f"{type(error).__name__}: {text}", place_of_error(error))
 
     @contextlib.contextmanager
@@ -148,6 +152,8 @@ class Watch:
 
     def before(self, operation: Any, args: Any, kwargs: Any) -> None:
         """Judge an operator by its arguments."""
+        if operation.namespace == "profiler":  # marks for a profiler, which no graph records
+            return
         self.operators += 1
         packet = operation.overloadpacket
         if self._in_model:
@@ -257,7 +263,7 @@ class _Sequence:
 def _described(leaf: Any) -> str:
     """An argument without what the device holds; a number in a CPU tensor is one like any other."""
     if not isinstance(leaf, Tensor):
-        return repr(leaf)
+        return repr(leaf) if isinstance(leaf, _PLAIN) else type(leaf).__name__  # repr may hold an address
     value = getattr(leaf, "constant", leaf) if leaf.device.type == "cpu" and leaf.dim() == 0 else None
     number = "" if value is None else repr(value.item())
     return f"{tuple(leaf.shape)} {leaf.dtype} {leaf.device.type} {number}"

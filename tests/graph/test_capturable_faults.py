@@ -365,3 +365,32 @@ def test_what_looks_like_a_fault_on_a_real_device(name):
     with Watch() as watch:
         watch.model(HARMLESS[name])(torch.ones(SHAPE_X, device="cuda"))
     assert not watch.problems
+
+
+def test_gradients_inside_a_model_end_in_a_report_and_not_the_process():
+    def guided(x, t):
+        with torch.enable_grad():
+            y = x.detach().requires_grad_(True)
+            return x + torch.autograd.grad(y.square().sum(), y)[0]
+
+    report = check_capturable(guided, (2, 3))
+    if not torch.backends.cuda.is_built():
+        assert not report and report.problems[0].kind == "error" and "could not be followed to its end" in str(report)
+        assert "built with CUDA" in report.problems[0].what
+
+
+def test_marks_for_a_profiler_are_no_change():
+    def marked(x, t):
+        with torch.profiler.record_function("denoise"):
+            return 0.5 * x
+
+    assert check_capturable(marked, (2, 3))
+
+
+def test_reports_say_what_was_not_seen():
+    assert "calls were not compared" in str(check_capturable(lambda x, t: 0.5 * x, (2, 3), steps=2))
+    assert "not compared" not in str(check_capturable(lambda x, t: 0.5 * x, (2, 3)))
+    with pytest.raises(ValueError, match="x must have a row at least"):
+        check_capturable(lambda x, t: 0.5 * x, (0, 3))
+    with pytest.raises(ValueError, match="lazy parameters: call it once first"):
+        check_capturable(torch.nn.LazyLinear(3), (2, 3))

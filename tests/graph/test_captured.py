@@ -102,12 +102,25 @@ def test_one_launch_of_the_loop_on_the_device() -> None:
 def test_a_longer_plan_than_there_is_room_for_is_captured_anew() -> None:
     s = sampler("stage", "ddim", 4)
     check(s, seed=SEEDS)
-    check(s, seed=SEEDS, plan=s.make_plan("ddim", 3))
+    check(s, seed=SEEDS, plan=s.make_plan("ddim", 64))
     assert s.stats().captures == 1
-    check(s, seed=SEEDS, plan=s.make_plan("ddim", 9))
+    check(s, seed=SEEDS, plan=s.make_plan("ddim", 65))
     assert s.stats().captures == 2 and len(s.stats().held) == 1
     check(s, seed=SEEDS)
     assert s.stats().captures == 2
+
+
+def test_numbers_of_steps_that_were_used_in_rising_order_have_one_launch_each() -> None:
+    backend = RecordedGraphs()
+    s = sampler("loop", "ddim", 10, backend=backend)
+    plans = [s.make_plan("ddim", steps) for steps in (10, 20, 10, 20, 50, 10)]
+    for plan in plans[:5]:
+        check(s, seed=SEEDS, plan=plan)
+    for plan in plans:
+        before = sum(g.replays for g in backend.graphs)
+        s(SHAPE, seed=SEEDS, plan=plan)
+        assert sum(g.replays for g in backend.graphs) == before + 1
+    assert s.stats().captures == 1
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -163,6 +164,51 @@ def test_a_callback_that_changes_the_model_is_noticed_at_the_next_call() -> None
         check(s, seed=SEEDS)
 
 
+class Counter(Net):
+    """Writes into a buffer of its own at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x, t):
+        self.steps.add_(1)
+        return super().forward(x, t) * self.steps * 0.1
+
+
+def test_a_model_that_writes_its_own_buffers_is_not_captured_and_left_as_it_was() -> None:
+    s = pydiff.Sampler(Counter(), "ddim", 4)
+    expected = pydiff.Sampler(Counter(), "ddim", 4)(SHAPE, seed=SEEDS)
+    s.graphs = CapturedLoop("loop", 4, RecordedGraphs())
+    with pytest.warns(UserWarning, match="every call writes into the buffer steps"):
+        assert torch.equal(s(SHAPE, seed=SEEDS), expected)
+    assert s.model.steps == 4
+
+
+def test_what_cannot_be_guarded_runs_eagerly(monkeypatch) -> None:
+    class Odd:
+        def __len__(self) -> int:
+            raise ValueError
+
+    s = sampler("loop", "ddim", 4)
+    s.model.odd, s.model.number = Odd(), np.array(0.5)
+    check(s, seed=SEEDS)
+    assert s.stats().captures == 1
+    scripted = pydiff.Sampler(torch.jit.script(nn.Linear(5, 5)), "ddim", 4)
+    linear = scripted.model
+    scripted.model = lambda x, t: linear(x)
+    scripted.graphs = CapturedLoop("loop", 4, RecordedGraphs())
+    check(scripted, seed=SEEDS)
+
+    def refuse(*arguments) -> None:
+        raise TypeError("no attributes")
+
+    monkeypatch.setattr("pydiff.graph.warm_up.Guard", refuse)
+    broken = sampler("loop", "ddim", 4)
+    with pytest.warns(UserWarning, match="cannot be guarded against changes: .*no attributes"):
+        check(broken, seed=SEEDS)
+
+
 def test_without_its_guard_a_graph_goes_stale(monkeypatch) -> None:
     monkeypatch.setattr("pydiff.graph.guards.Guard.holds", lambda self: True)
     s = sampler("loop", "ddim", 5)
@@ -214,7 +260,7 @@ NET = Net()
 
 
 def uses_a_global(x, t):
-    return NET(x, t)
+    return sum(net(x, t) for net in [NET])
 
 
 @pytest.mark.parametrize("make", ["closure", "partial", "method", "object", "default", "global"])

@@ -61,6 +61,14 @@ def test_ten_thousand_calls_of_changing_shapes_hold_no_more() -> None:
     backend.graphs[:] = kept
 
 
+def test_calls_that_take_turns_with_too_many_shapes_are_told() -> None:
+    s = sampler("stage", "ddim", 2, max_graphs=1)
+    check(s, shape(0), seed=[1, 2])
+    with pytest.warns(UserWarning, match="raise max_graphs"):
+        for k in (1, 0, 1):
+            check(s, shape(k), seed=[1, 2])
+
+
 def test_release_gives_all_back_and_the_sampler_goes_on() -> None:
     backend = RecordedGraphs()
     s = sampler("loop", "ddim", 5, backend=backend)
