@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pydiff.fake_cuda_functions import ANYWHERE, CUDA, ON_CUDA, plausible, shape_depends_on_values
-from pydiff.graph.guards import names_used
+from pydiff.references import closure_values, global_values
 
 T = TypeVar("T")
 _one_thread = threading.RLock()  # torch's fake mode keeps what it is doing in itself
@@ -71,7 +71,7 @@ def _parts(leaf: Any) -> list[Any]:
     if isinstance(leaf, MethodType):
         return [leaf.__self__]
     if isinstance(leaf, FunctionType):
-        return [*_cells(leaf).values(), leaf.__defaults__, leaf.__kwdefaults__, *_globals(leaf).values()]
+        return [*closure_values(leaf).values(), leaf.__defaults__, leaf.__kwdefaults__, *_globals(leaf).values()]
     return list(vars(leaf).values()) if _has_attributes(leaf) else []
 
 
@@ -156,7 +156,7 @@ def _copied_function(function: FunctionType, memo: dict[int, Any]) -> FunctionTy
     made = FunctionType(function.__code__, names, function.__name__, None, cells)
     made.__dict__.update(function.__dict__)
     memo[id(function)] = made  # before what it refers to, which may be itself
-    contents = _cells(function)
+    contents = closure_values(function)
     for name, cell in zip(function.__code__.co_freevars, cells):
         if name in contents:
             cell.cell_contents = _copied_reference(contents[name], memo)
@@ -173,20 +173,12 @@ def _copied_reference(value: Any, memo: dict[int, Any]) -> Any:
     return pytree.tree_map(lambda leaf: leaf, value)  # containers of its own
 
 
-def _cells(function: FunctionType) -> dict[str, Any]:
-    found = {}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
-        with contextlib.suppress(ValueError):  # a cell that is not filled yet
-            found[name] = cell.cell_contents
-    return found
-
-
 def _globals(function: FunctionType) -> dict[str, Any]:
     """Globals that a function names and that may hold tensors: no modules, no classes, no functions of other files."""
     there = function.__globals__
     if str(there.get("__name__")).split(".")[0] == "torch":
         return {}
-    found = {name: _as_written(there[name]) for name in names_used(function.__code__) if name in there}
+    found = {name: _as_written(value) for name, value in global_values(function).items()}
     return {name: value for name, value in found.items()
             if not isinstance(value, (type, ModuleType))
             and not (isinstance(value, FunctionType) and value.__globals__ is not there)}

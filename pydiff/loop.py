@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from pydiff._native import is_plain
 from pydiff.conditions import check_condition, join
-from pydiff.noise_source import Noise, from_generator
+from pydiff.noise_source import Noise, check_only_one, from_generator
 from pydiff.ops import table
 from pydiff.ops.stage import StageTensors
 from pydiff.plan import Plan
@@ -100,8 +100,7 @@ def run_plan(
 
     Returns: the sample, [B, *sample] in `dtype`.
     """
-    if sum(v is not None for v in (seed, noise, generator)) > 1:
-        raise TypeError("give at most one of seed, noise and generator")
+    check_only_one(seed=seed, noise=noise, generator=generator)
     check_x(x)
     plans, _ = distinct_plans(plan, x.shape[0])
     if generator is not None:

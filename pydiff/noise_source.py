@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +75,21 @@ class NoiseSource:
         if self._function is not None:
             while self._next <= self._last[stage]:
                 self.draw()
+
+
+def source_of(noise: Noise | None, plans: Sequence[Plan], x: torch.Tensor) -> NoiseSource | None:
+    """The caller's noise for samples like x; raises where rows follow several plans, which would share its draws."""
+    if noise is None:
+        return None
+    if len(plans) > 1:
+        raise ValueError(f"noise= serves one plan, but the rows follow {len(plans)}; use seeds")
+    return NoiseSource(plans[0], noise, x)
+
+
+def check_only_one(**given: Any) -> None:
+    """Raise if more than one of seed, noise and generator is given."""
+    if sum(value is not None for value in given.values()) > 1:
+        raise TypeError("give at most one of seed, noise and generator")
 
 
 def from_generator(generator: torch.Generator | Sequence[torch.Generator], x: torch.Tensor) -> NoiseFunction:

@@ -15,7 +15,7 @@ from pydiff.noise_schedule import NoiseSchedule, VPLinear
 from pydiff.noise_source import from_generator
 from pydiff.plan import Plan, stage_values
 from pydiff.prediction import Prediction
-from pydiff.state import Seed, distinct_plans, initial_noise, row_seeds, seed_values
+from pydiff.state import Seed, check_shape, distinct_plans, initial_noise, row_seeds, seed_values
 
 DEFAULT_STEPS = 20
 GUIDED_PLANS = 16  # plans with another guidance scale that a sampler remembers
@@ -107,7 +107,7 @@ class Sampler:
                 raise TypeError("x0 and device go with a shape: a tensor is x_T itself, on its own device")
             x, shape, where = shape_or_x, tuple(shape_or_x.shape), shape_or_x.device
         else:
-            shape = _check_shape(shape_or_x)
+            shape = check_shape("shape", shape_or_x)
             where = torch.device(device) if device is not None else self._device_of(parameter)
             seeds = seed_values(seed, shape[0])
             seed = seeds if generator is None and noise is None else None
@@ -205,13 +205,6 @@ _CALL_OPTIONS = {"x0", "device", "plan", "noise", "generator", "cond", "uncond",
 def _model_schedule(model: Model) -> NoiseSchedule:
     config = getattr(model, "schedule_config", None)
     return NoiseSchedule.from_dict(config) if isinstance(config, dict) else VPLinear()
-
-
-def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    values = tuple(shape) if isinstance(shape, Sequence) else ()
-    if not values or not all(isinstance(n, int) and n >= 0 for n in values):
-        raise ValueError(f"shape must be [batch, *sample], integers of at least 0, got {shape!r}")
-    return values
 
 
 def _check_x0(x0: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

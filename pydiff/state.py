@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from pydiff._native import is_plain
-from pydiff.noise_source import Noise, NoiseSource
+from pydiff.noise_source import Noise, NoiseSource, source_of
 from pydiff.ops import table
 from pydiff.ops.noise import INITIAL_DRAW, normal
 from pydiff.ops.stage import MODEL_DTYPES, StageTensors, stage, write_model_input_reference
@@ -240,22 +240,15 @@ def init(
         copies = 2 if any(p.guided for p in plans) else 1
     if copies not in (1, 2):
         raise ValueError(f"copies must be 1 or 2, got {copies}")
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     model_dtype = model_dtype or dtype
-    if model_dtype not in MODEL_DTYPES:
-        raise ValueError(f"model_dtype must be one of {', '.join(map(str, MODEL_DTYPES))}, got {model_dtype}")
+    check_dtypes(dtype, model_dtype)
     device, rows = x.device, x.shape[0]
     seeds = row_seeds(seed, rows, device)
     slots = max((p.num_slots for p in plans), default=0)
     registers = torch.empty((1 + slots, *x.shape), dtype=dtype, device=device)
     registers[0].copy_(x)
     registers[1:].zero_()
-    source = None
-    if noise is not None:
-        if len(plans) > 1:
-            raise ValueError(f"noise= serves one plan, but the rows follow {len(plans)}; use seeds")
-        source = NoiseSource(plans[0], noise, registers[0])
+    source = source_of(noise, plans, registers[0])
     indices = [p.indices for p in plans] if source is None else [source.indices]
     starts = np.cumsum([0, *(len(p) for p in plans)])
     cursor = _on_device(starts[:-1][row_plan], torch.int32, device)
@@ -264,11 +257,7 @@ def init(
     def operand(name: str, value: torch.Tensor | None) -> torch.Tensor | None:
         if value is None:
             return None
-        try:
-            return value.to(device=device, dtype=dtype).expand(x.shape)
-        except (AttributeError, RuntimeError) as error:
-            raise ValueError(f"{name} must be a tensor that broadcasts to the shape of x, {list(x.shape)}, "
-                             f"got {list(getattr(value, 'shape', ())) or type(value).__name__}") from error
+        return expand_operand(name, value, x.shape, device=device, dtype=dtype)
 
     tensors = StageTensors(
         registers, cursor, stop, seeds,
@@ -285,6 +274,31 @@ def init(
     _start(plans, row_plan, registers[0], seeds, source)
     write_model_input_reference(tensors)
     return State(tensors, plans, row_plan, source)
+
+
+def check_dtypes(dtype: torch.dtype, model_dtype: torch.dtype) -> None:
+    """Raise unless a state may have the one and a model's input the other."""
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    if model_dtype not in MODEL_DTYPES:
+        raise ValueError(f"model_dtype must be one of {', '.join(map(str, MODEL_DTYPES))}, got {model_dtype}")
+
+
+def check_shape(name: str, shape: Any) -> tuple[int, ...]:
+    """The shape of a batch of samples as a tuple; raises `ValueError` for what is none."""
+    values = tuple(shape) if isinstance(shape, Sequence) else ()
+    if not values or not all(isinstance(n, int) and n >= 0 for n in values):
+        raise ValueError(f"{name} must be [batch, *sample], integers of at least 0, got {shape!r:.80}")
+    return values
+
+
+def expand_operand(name: str, value: torch.Tensor, shape: Sequence[int], **to: Any) -> torch.Tensor:
+    """mask, known, constant or extra in the shape of x, and on its device (device=) in its dtype (dtype=)."""
+    try:
+        return value.to(**to).expand(shape) if to else value.expand(shape)
+    except (AttributeError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a tensor that broadcasts to the shape of x, {list(shape)}, "
+                         f"got {list(getattr(value, 'shape', ())) or type(value).__name__}") from error
 
 
 def check_x(x: Any) -> None:
@@ -333,6 +347,11 @@ def _start(plans: list[Plan], row_plan: list[int], x: torch.Tensor, seeds: torch
     shape = (-1, *([1] * (x.ndim - 1)))
     scale = _on_device([plans[k].start_scale for k in row_plan], x.dtype, x.device).reshape(shape)
     weight = _on_device([plans[k].start_noise for k in row_plan], x.dtype, x.device).reshape(shape)
+    start(x, scale, weight, z)
+
+
+def start(x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, z: torch.Tensor) -> None:
+    """x <- scale * x + weight * z in place; a weight of zero reads no z."""
     x.copy_(scale * x + torch.where(weight == 0, 0.0, weight * z))
 
 

@@ -34,7 +34,7 @@ LAYERS = [
     {"plan", "plan_text", "plan_builder"},
     {"solvers"},
     {"compiler", "_native", "ops.library", "ops.noise", "ops.stage", "ops.triton_ops", "ops.measured", *TRITON},
-    {"noise_source", "conditions"},
+    {"noise_source", "conditions", "references"},
     {"state"},
     {"loop", "sampler", "fake_cuda", "graph", "optimize", "models"},
     {"cli", "info", "adapters", "engine", "procedures"},

@@ -14,6 +14,7 @@ from pydiff.graph.request import Layout, Request
 from pydiff.ops import table
 from pydiff.ops.stage import StageTensors
 from pydiff.plan import Plan
+from pydiff.state import expand_operand
 
 _NUMPY: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64, torch.int32: np.int32,
                                   torch.int64: np.int64}
@@ -118,7 +119,7 @@ class Buffers:
         if request.x is not None:
             t.registers[0].copy_(request.x, non_blocking=True)
         for name, value in request.operands.items():
-            _copy_operand(name, getattr(t, name), value)
+            getattr(t, name).copy_(expand_operand(name, value, self.layout.shape), non_blocking=True)
         if request.source is not None and t.noise is not None:
             if request.source.is_function:
                 # Draws go straight to where they are read.
@@ -127,11 +128,3 @@ class Buffers:
                 count = min(len(t.noise), len(request.source.buffer))
                 t.noise[:count].copy_(request.source.buffer[:count], non_blocking=True)
         copy_into(self.arguments, request.arguments)
-
-
-def _copy_operand(name: str, target: torch.Tensor, value: Any) -> None:
-    try:
-        target.copy_(value.expand(target.shape), non_blocking=True)
-    except (AttributeError, RuntimeError) as error:
-        raise ValueError(f"{name} must be a tensor that broadcasts to the shape of x, {list(target.shape)}, "
-                         f"got {list(getattr(value, 'shape', ())) or type(value).__name__}") from error

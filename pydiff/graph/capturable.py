@@ -16,7 +16,7 @@ from pydiff.graph.problems import Problem
 from pydiff.graph.watch import Watch
 from pydiff.loop import Model, caller, hoist_out, model_arguments, run
 from pydiff.plan import Plan
-from pydiff.state import init
+from pydiff.state import check_shape, init
 
 if TYPE_CHECKING:
     from pydiff.sampler import Sampler
@@ -130,10 +130,8 @@ def _sampler(model: Any, options: dict[str, Any]) -> Sampler:
 
 
 def _sample(x: Any, dtype: torch.dtype) -> torch.Tensor:
-    shape = tuple(x.shape) if isinstance(x, torch.Tensor) else tuple(x) if isinstance(x, Sequence) else ()
-    if not shape or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise TypeError(f"x must be a tensor or a shape [batch, *sample], got {x!r:.80}")
-    if not shape[0]:
+    shape = tuple(x.shape) if isinstance(x, torch.Tensor) else check_shape("x (a tensor, or its shape)", x)
+    if not shape or not shape[0]:
         raise ValueError(f"x must have a row at least, got shape {list(shape)}")
     if isinstance(x, torch.Tensor):
         return x

@@ -16,11 +16,13 @@ import operator
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import compress
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from pydiff.references import closure_values, global_values
 
 DEPTH = 4
 LONGEST = 1000
@@ -144,13 +146,11 @@ class Guard:
     def _visit_function(self, name: str, function: FunctionType, depth: int) -> None:
         """Its closure and its defaults, and what it uses of the variables of its file, functions and types aside."""
         if function.__closure__:
-            self._fields.append(_Field(name, list(function.__code__.co_freevars), _contents, function))
-        known = function.__globals__
-        used = sorted(names_used(function.__code__))
-        names = [n for n in used if n in known and not isinstance(known[n], (type, *_CALLABLES))]
-        if names:
-            self._watch_values(name, known, names)
-        for value in (function.__defaults__, function.__kwdefaults__, *(known[n] for n in names)):
+            self._fields.append(_Field(name, list(closure_values(function)), _closure, function))
+        used = {n: v for n, v in global_values(function).items() if not isinstance(v, (type, *_CALLABLES))}
+        if used:
+            self._watch_values(name, function.__globals__, list(used))
+        for value in (function.__defaults__, function.__kwdefaults__, *used.values()):
             self._visit(name, value, depth - 1)
 
     def _watch(self, name: str, container: Any) -> None:
@@ -233,10 +233,8 @@ def _is_object(value: Any) -> bool:
         and type(value).__module__ not in ("builtins", "threading", "logging", "collections")
 
 
-def names_used(code: CodeType) -> set[str]:
-    """Names that code looks up in its globals (and attributes), in the functions within it too."""
-    inner = (c for c in code.co_consts if isinstance(c, CodeType))
-    return set(code.co_names).union(*map(names_used, inner))
+def _closure(function: FunctionType) -> tuple[Any, ...]:
+    return tuple(closure_values(function).values())
 
 
 def _length(value: Any) -> int:
@@ -244,11 +242,6 @@ def _length(value: Any) -> int:
         return len(value)
     except Exception:  # what has none, or does not tell it
         return 0
-
-
-def _contents(function: Any) -> list[Any]:
-    """The values of the variables that a function has from around it."""
-    return [cell.cell_contents for cell in function.__closure__]
 
 
 def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -262,7 +255,7 @@ def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, MethodType):
         yield from ((name, part) for part in (value.__self__, value.__func__))
     elif isinstance(value, FunctionType) and value.__closure__:
-        yield from zip(value.__code__.co_freevars, _contents(value))
+        yield from closure_values(value).items()
 
 
 def _addresses(tensor: Tensor) -> tuple[Any, ...]:

@@ -27,6 +27,7 @@ from pydiff.loop import StageInfo, caller, hoist_out
 from pydiff.ops import table
 from pydiff.ops.noise import INITIAL_DRAW, normal
 from pydiff.ops.stage import stage
+from pydiff.state import start
 
 if TYPE_CHECKING:
     from pydiff.optimize.hoisting import HoistedModel
@@ -83,8 +84,7 @@ class Program:
             torch.mul(z, tables["init_std"].view(per_row), out=x)
         if self.layout.starts:
             z = t.noise[0] if t.noise is not None else normal(tables["seeds"], 0, shape[1:], dtype=x.dtype)
-            scale, weight = tables["start_scale"].view(per_row), tables["start_noise"].view(per_row)
-            x.copy_(scale * x + torch.where(weight == 0, 0.0, weight * z))
+            start(x, tables["start_scale"].view(per_row), tables["start_noise"].view(per_row), z)
         # No row has finished yet, so this is `write_model_input_reference` without its questions.
         row = t.coefficients.index_select(0, t.cursor)
         assert t.model_input is not None and t.model_time is not None

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from pydiff.loop import Callback, Model, callback_stages, model_arguments
-from pydiff.noise_source import Noise, NoiseSource, from_generator
-from pydiff.ops.stage import MODEL_DTYPES
+from pydiff.noise_source import Noise, NoiseSource, check_only_one, from_generator, source_of
 from pydiff.plan import Plan
-from pydiff.state import Seed, check_operands, check_x, distinct_plans, seed_values
+from pydiff.state import Seed, check_dtypes, check_operands, check_x, distinct_plans, seed_values
 
 
 class Layout(NamedTuple):
@@ -100,25 +99,18 @@ def make_request(
 
     seeds: in place of seed, what `seed_values` made of it.
     """
-    if sum(v is not None for v in (seed, noise, generator)) > 1:
-        raise TypeError("give at most one of seed, noise and generator")
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    if model_dtype not in MODEL_DTYPES:
-        raise ValueError(f"model_dtype must be one of {', '.join(map(str, MODEL_DTYPES))}, got {model_dtype}")
+    check_only_one(seed=seed, noise=noise, generator=generator)
+    check_dtypes(dtype, model_dtype)
     device = _indexed(device)
     if x is not None:
         check_x(x)
     plans, row_plan = distinct_plans(plan, shape[0])
     operands = {"mask": mask, "known": known, "constant": constant, "extra": extra}
     check_operands(plans, **operands)
-    if generator is not None:
-        noise = from_generator(generator, torch.empty((), dtype=dtype, device=device).expand(shape))
-    if noise is not None and len(plans) > 1:
-        raise ValueError(f"noise= serves one plan, but the rows follow {len(plans)}; use seeds")
     source = None
-    if noise is not None:
-        source = NoiseSource(plans[0], noise, torch.empty((), dtype=dtype, device=device).expand(shape))
+    if generator is not None or noise is not None:
+        like = torch.empty((), dtype=dtype, device=device).expand(shape)
+        source = source_of(noise if generator is None else from_generator(generator, like), plans, like)
     kept = 0 if source is None or not plans[0].num_draws else len(source.buffer)
     guided = any(p.guided for p in plans)
     present = {name: value for name, value in operands.items() if value is not None}
