@@ -36,8 +36,15 @@ class NoGraphs:
     """A backend of captured loops whose graphs do nothing when they are replayed."""
 
     def __getattr__(self, name: str) -> Any:
-        answers = {"available": (True, ""), "capturing": False, "memory": 0, "random_offset": 0, "wait": None,
-                   "new_pool": None, "ordered": contextlib.nullcontext()}
+        answers = {
+            "available": (True, ""),
+            "capturing": False,
+            "memory": 0,
+            "random_offset": 0,
+            "wait": None,
+            "new_pool": None,
+            "ordered": contextlib.nullcontext(),
+        }
         return lambda *arguments: answers[name]
 
     def warm_up(self, function: Any, device: torch.device) -> None:
@@ -74,10 +81,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     entries = {f"call, {key}": harness.attempt(call, key, arguments.quick) for key in CALLED}
     entries |= {f"guard, {key}": harness.attempt(guard, key, arguments.quick) for key in (*CALLED, "sd15")}
     outcomes = harness.measure(entries, arguments.rounds or (2 if arguments.quick else 50))
-    print(harness.markdown(["host time", "median (minimum), us"],
-                           [[name, harness.microseconds(outcome)] for name, outcome in outcomes.items()]))
-    result = {"benchmark": "captured_call", "environment": environment, "quick": arguments.quick,
-              "rows": harness.to_json(outcomes)}
+    print(
+        harness.markdown(
+            ["host time", "median (minimum), us"],
+            [[name, harness.microseconds(outcome)] for name, outcome in outcomes.items()],
+        )
+    )
+    result = {
+        "benchmark": "captured_call",
+        "environment": environment,
+        "quick": arguments.quick,
+        "rows": harness.to_json(outcomes),
+    }
     print(f"\nwritten to {harness.save(result, arguments.out)}")
     return result
 

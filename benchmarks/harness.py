@@ -78,8 +78,13 @@ class Timing:
 
     def to_dict(self) -> dict[str, Any]:
         us = [1e6 * q for q in self.quartiles]
-        found = {"median_us": 1e6 * self.median, "min_us": 1e6 * self.minimum, "quartiles_us": us,
-                 "rounds": len(self.rounds), "runs": self.runs}
+        found = {
+            "median_us": 1e6 * self.median,
+            "min_us": 1e6 * self.minimum,
+            "quartiles_us": us,
+            "rounds": len(self.rounds),
+            "runs": self.runs,
+        }
         return found | ({"host_median_us": 1e6 * statistics.median(self.host)} if self.host else {})
 
 
@@ -121,8 +126,9 @@ def attempt(make: Callable[..., Entry | NotMeasured], *arguments: Any) -> Entry 
 # ------------------------------------------------------------------------------------ timing
 
 
-def measure(entries: Entries, rounds: int, *, turn: float = 0.01, synchronize: Wait = None,
-            clock: Clock = time.perf_counter) -> dict[str, Outcome]:
+def measure(
+    entries: Entries, rounds: int, *, turn: float = 0.01, synchronize: Wait = None, clock: Clock = time.perf_counter
+) -> dict[str, Outcome]:
     """Time the entries in turn.
 
     An entry that raises is left out from then on, and says why. Its rivals are timed all the same.
@@ -233,8 +239,13 @@ class Target:
 
     def to_dict(self) -> dict[str, Any]:
         medians, minima = self.values or (None, None)
-        return {"claim": self.claim, "ratio_of_medians": medians, "ratio_of_minima": minima,
-                "wanted": self.wanted, "verdict": self.verdict}
+        return {
+            "claim": self.claim,
+            "ratio_of_medians": medians,
+            "ratio_of_minima": minima,
+            "wanted": self.wanted,
+            "verdict": self.verdict,
+        }
 
 
 def target_table(targets: Iterable[Target]) -> str:
@@ -272,13 +283,20 @@ def environment(device: torch.device) -> dict[str, Any]:
     processor = dict(info.processor())
     on_cuda = device.type == "cuda"
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command(),
         "device_kind": device.type,
         "device": torch.cuda.get_device_name(device) if on_cuda else processor["name"],
-        "cpu": processor["name"], "cores": processor["cores"], "load_average": list(os.getloadavg()),
-        "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
-        "cuda": torch.version.cuda, "driver": dict(info.cuda_devices())["driver"] if on_cuda else None,
-        "pydiff": pydiff.__version__, "compiled_code": _native.build_info(),
+        "cpu": processor["name"],
+        "cores": processor["cores"],
+        "load_average": list(os.getloadavg()),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "driver": dict(info.cuda_devices())["driver"] if on_cuda else None,
+        "pydiff": pydiff.__version__,
+        "compiled_code": _native.build_info(),
         **{name: _version(name) for name in ("numpy", "diffusers", "k-diffusion")},
         **_source(),
     }
@@ -306,6 +324,7 @@ def _version(distribution: str) -> str | None:
 
 def _source() -> dict[str, Any]:
     """The commit, and whether files differ from it. Where git does not know, PYDIFF_COMMIT may say."""
+
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
         return done.stdout.strip()

@@ -46,6 +46,7 @@ Found = dict[str, dict[str, Outcome]]  # by temperature, then by name
 @contextlib.contextmanager
 def no_reference() -> Iterator[None]:
     """On a CUDA device an operation that would take its reference raises: the time would not be its kernel's."""
+
     def refused(op: str, x: torch.Tensor, reason: str) -> None:
         if x.is_cuda:
             raise RuntimeError(f"no kernel for it: {reason}")
@@ -64,6 +65,7 @@ def entries_for(row: Row, runs: dict[str, Callable[..., Any]], sets: list[list[t
         prepared = [run.prepare(s) for s in sets] if isinstance(run, Prepared) else sets
         turns = {"cold": prepared, "hot": prepared[:1] * (HOT_CALLS if sets[0][0].is_cuda else 1)}
         for temperature, tensors in turns.items():
+
             def loop(run: Callable[..., Any] = run, tensors: list[list[torch.Tensor]] = tensors) -> None:
                 for t in tensors:
                     run(*t)
@@ -72,8 +74,9 @@ def entries_for(row: Row, runs: dict[str, Callable[..., Any]], sets: list[list[t
     return found
 
 
-def measure_row(row: Row, runs: dict[str, Callable[..., Any]], device: torch.device, dtype: torch.dtype,
-                rounds: int) -> Found:
+def measure_row(
+    row: Row, runs: dict[str, Callable[..., Any]], device: torch.device, dtype: torch.dtype, rounds: int
+) -> Found:
     size = row.elements * dtype.itemsize
     count = max(1, min(MOST_SETS, -(-ROTATED_BYTES // size))) if device.type == "cuda" else 1
     try:
@@ -108,8 +111,11 @@ def copy_bandwidth(device: torch.device, rounds: int, size: int = COPY_BYTES) ->
     """Bytes a second that a copy reads and writes."""
     source, target = (torch.empty(size, dtype=torch.uint8, device=device).zero_() for _ in range(2))
     entries: Entries = {"copy_": Entry("copy_", lambda: target.copy_(source))}
-    outcome = (graph_timing.measure_device(entries, rounds) if device.type == "cuda"
-               else harness.measure(entries, rounds, turn=0.0))["copy_"]
+    outcome = (
+        graph_timing.measure_device(entries, rounds)
+        if device.type == "cuda"
+        else harness.measure(entries, rounds, turn=0.0)
+    )["copy_"]
     if not isinstance(outcome, Timing):
         raise SystemExit(f"the copy that the limits refer to could not be measured: {outcome.reason}")
     return 2 * size / outcome.median
@@ -144,13 +150,28 @@ def table(measured: list[tuple[Row, Found]], bandwidth: float, itemsize: int) ->
             share = limit_seconds(row, bandwidth, itemsize) / ours.median
             reached = [rate(row, ours.median, itemsize), f"{share:.0%}"]
         ratio = harness.number(harness.ratio(rival[1], ours)) if rival else harness.NOT_MEASURED
-        times = [microseconds(found.get(name)) for found, name in
-                 ((cold, "pydiff"), (hot, "pydiff"), (cold, "eager"), (hot, "eager"), (cold, "compile"))]
+        times = [
+            microseconds(found.get(name))
+            for found, name in ((cold, "pydiff"), (hot, "pydiff"), (cold, "eager"), (hot, "eager"), (cold, "compile"))
+        ]
         named = f"{microseconds(rival[1])} {rival[0]}" if rival else harness.NOT_MEASURED
         return [row.workload, row.family, row.shape, str(row.calls), *times, named, ratio, *reached]
 
-    header = ["model", "operation", "shape", "calls", "pydiff: us cold", "hot", "eager: us cold", "hot",
-              "compile: us cold", "best other, cold", "best other / pydiff", "reached", "of the limit"]
+    header = [
+        "model",
+        "operation",
+        "shape",
+        "calls",
+        "pydiff: us cold",
+        "hot",
+        "eager: us cold",
+        "hot",
+        "compile: us cold",
+        "best other, cold",
+        "best other / pydiff",
+        "reached",
+        "of the limit",
+    ]
     return harness.markdown(header, [cells(*pair) for pair in measured])
 
 
@@ -174,15 +195,30 @@ def totals(measured: list[tuple[Row, Found]], bandwidth: float, itemsize: int) -
                 times.append(row.calls * outcome.median if isinstance(outcome, Timing) else None)
             sums[name] = None if None in times else 1e6 * sum(t for t in times if t is not None)
         limit = 1e6 * sum(row.calls * limit_seconds(row, bandwidth, itemsize) for row, _ in members)
-        result.append({"workload": workload, "family": family, "calls": sum(row.calls for row, _ in members),
-                       "limit_us": limit, "cold_us": sums})
+        result.append(
+            {
+                "workload": workload,
+                "family": family,
+                "calls": sum(row.calls for row, _ in members),
+                "limit_us": limit,
+                "cold_us": sums,
+            }
+        )
     return result
 
 
 def totals_table(sums: list[dict[str, Any]]) -> str:
     names = ("pydiff", "eager", "compile", "best other")
-    rows = [[s["workload"], s["family"], str(s["calls"]), harness.number(s["limit_us"]),
-             *(harness.number(s["cold_us"][name]) for name in names)] for s in sums]
+    rows = [
+        [
+            s["workload"],
+            s["family"],
+            str(s["calls"]),
+            harness.number(s["limit_us"]),
+            *(harness.number(s["cold_us"][name]) for name in names),
+        ]
+        for s in sums
+    ]
     return harness.markdown(["model", "us in one call of it", "calls", "limit", *names], rows)
 
 
@@ -203,17 +239,28 @@ def to_json(row: Row, found: Found, bandwidth: float, itemsize: int) -> dict[str
     for temperature, by_name in found.items():
         for name, outcome in by_name.items():
             if isinstance(outcome, Timing):
-                outcomes[temperature][name] |= {"share_of_limit": limit / outcome.median,
-                                                "ratio_to_pydiff": harness.ratio(outcome, by_name["pydiff"])}
-    return {"workload": row.workload, "family": row.family, "shape": row.shape, "calls": row.calls,
-            "bytes": row.elements * itemsize, "flops": row.flops, "limit_us": 1e6 * limit, "outcomes": outcomes}
+                outcomes[temperature][name] |= {
+                    "share_of_limit": limit / outcome.median,
+                    "ratio_to_pydiff": harness.ratio(outcome, by_name["pydiff"]),
+                }
+    return {
+        "workload": row.workload,
+        "family": row.family,
+        "shape": row.shape,
+        "calls": row.calls,
+        "bytes": row.elements * itemsize,
+        "flops": row.flops,
+        "limit_us": 1e6 * limit,
+        "outcomes": outcomes,
+    }
 
 
 # ------------------------------------------------------------------------------------ the run
 
 
-def run(rows: list[Row], device: torch.device, dtype: torch.dtype, rounds: int, budget: Budget,
-        compiling: bool) -> list[tuple[Row, Found]]:
+def run(
+    rows: list[Row], device: torch.device, dtype: torch.dtype, rounds: int, budget: Budget, compiling: bool
+) -> list[tuple[Row, Found]]:
     """Everything but the compiled forms for every row, then those, while there is time."""
     measured = []
     for row in rows:
@@ -265,10 +312,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     sums = totals(measured, bandwidth, dtype.itemsize)
     print(f"a copy moves {bandwidth / 1e9:.0f} GB/s\n\n{table(measured, bandwidth, dtype.itemsize)}\n")
     print(totals_table(sums), "", *reasons(measured), sep="\n")
-    result = {"benchmark": "kernels", "environment": environment | {"triton": harness._version("triton")},
-              "quick": arguments.quick or arguments.smoke, "dtype": str(dtype), "copy_bytes_per_second": bandwidth,
-              "flops_per_second": FLOPS, "totals": sums,
-              "rows": [to_json(row, found, bandwidth, dtype.itemsize) for row, found in measured]}
+    result = {
+        "benchmark": "kernels",
+        "environment": environment | {"triton": harness._version("triton")},
+        "quick": arguments.quick or arguments.smoke,
+        "dtype": str(dtype),
+        "copy_bytes_per_second": bandwidth,
+        "flops_per_second": FLOPS,
+        "totals": sums,
+        "rows": [to_json(row, found, bandwidth, dtype.itemsize) for row, found in measured],
+    }
     print(f"\nwritten to {harness.save(result, arguments.out)}")
     return result
 

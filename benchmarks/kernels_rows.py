@@ -20,8 +20,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SHAPES = Path(__file__).with_name("unet_shapes.json")
-FAMILIES = ("group_norm_silu", "group_norm", "attention_self", "attention_cross", "geglu", "linear_geglu", "layer_norm",
-            "add_layer_norm", "upsample_conv", "residual")
+FAMILIES = (
+    "group_norm_silu",
+    "group_norm",
+    "attention_self",
+    "attention_cross",
+    "geglu",
+    "linear_geglu",
+    "layer_norm",
+    "add_layer_norm",
+    "upsample_conv",
+    "residual",
+)
 Run = Callable[..., Any]
 
 
@@ -67,10 +77,18 @@ def _shrunk(entry: dict[str, Any]) -> dict[str, Any]:
     small = dict(entry)
     if "shape" in entry:
         shape = entry["shape"]
-        small["shape"] = [shape[0], 64, 4, 4] if len(shape) == 4 else [shape[0], *([8, 64] if "groups" not in entry
-                                                                                   else [64, 8])]
-    limits = {"heads": 2, "q": 16, "kv": 16 if entry.get("kv", 0) == entry.get("q") else 7, "head_dim": 16, "rows": 16,
-              "columns": 32, "inner": 16}
+        small["shape"] = (
+            [shape[0], 64, 4, 4] if len(shape) == 4 else [shape[0], *([8, 64] if "groups" not in entry else [64, 8])]
+        )
+    limits = {
+        "heads": 2,
+        "q": 16,
+        "kv": 16 if entry.get("kv", 0) == entry.get("q") else 7,
+        "head_dim": 16,
+        "rows": 16,
+        "columns": 32,
+        "inner": 16,
+    }
     return {k: min(v, limits[k]) if k in limits else v for k, v in small.items()}
 
 
@@ -133,12 +151,25 @@ def _attention(workload: str, family: str, entry: dict[str, Any]) -> Iterator[Ro
 
         return attention_kernel(*(t.transpose(1, 2) for t in (q, k, v)))
 
-    runs = {"pydiff": ours, "pydiff kernel": kernel, "eager": _sdpa(None),
-            "cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION), "flash": _sdpa(SDPBackend.FLASH_ATTENTION),
-            "efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION)}
+    runs = {
+        "pydiff": ours,
+        "pydiff kernel": kernel,
+        "eager": _sdpa(None),
+        "cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),
+        "flash": _sdpa(SDPBackend.FLASH_ATTENTION),
+        "efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
+    }
     tensors = [((batch, rows, heads, dim), False) for rows in (q, kv, kv)]
-    yield Row(workload, family, f"{[batch, heads, q, dim]}, {kv} keys", entry["calls"], tensors, runs,
-              flops=4.0 * batch * heads * q * kv * dim, written=batch * heads * q * dim)
+    yield Row(
+        workload,
+        family,
+        f"{[batch, heads, q, dim]}, {kv} keys",
+        entry["calls"],
+        tensors,
+        runs,
+        flops=4.0 * batch * heads * q * kv * dim,
+        written=batch * heads * q * dim,
+    )
 
 
 def _geglu(workload: str, family: str, entry: dict[str, Any]) -> Iterator[Row]:
@@ -153,8 +184,15 @@ def _geglu(workload: str, family: str, entry: dict[str, Any]) -> Iterator[Row]:
 
         return geglu(x)
 
-    yield Row(workload, "geglu", f"{[rows, 2 * columns]}", entry["calls"], [((rows, 2 * columns), False)],
-              {"pydiff": ours, "eager": eager}, written=rows * columns)
+    yield Row(
+        workload,
+        "geglu",
+        f"{[rows, 2 * columns]}",
+        entry["calls"],
+        [((rows, 2 * columns), False)],
+        {"pydiff": ours, "eager": eager},
+        written=rows * columns,
+    )
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return eager(F.linear(x, weight, bias))
@@ -170,9 +208,16 @@ def _geglu(workload: str, family: str, entry: dict[str, Any]) -> Iterator[Row]:
         return linear_geglu_kernel(x, weight, bias)
 
     tensors = [((rows, inner), False), ((2 * columns, inner), False), ((2 * columns,), False)]
-    yield Row(workload, "linear_geglu", f"{[rows, inner]} -> {columns}", entry["calls"], tensors,
-              {"pydiff": ours_linear, "pydiff kernel": kernel, "eager": linear},
-              flops=4.0 * rows * inner * columns, written=rows * columns)
+    yield Row(
+        workload,
+        "linear_geglu",
+        f"{[rows, inner]} -> {columns}",
+        entry["calls"],
+        tensors,
+        {"pydiff": ours_linear, "pydiff kernel": kernel, "eager": linear},
+        flops=4.0 * rows * inner * columns,
+        written=rows * columns,
+    )
 
 
 def _layer_norm(workload: str, family: str, entry: dict[str, Any]) -> Iterator[Row]:
@@ -188,8 +233,15 @@ def _layer_norm(workload: str, family: str, entry: dict[str, Any]) -> Iterator[R
         return layer_norm(x, weight, bias, 1e-5)
 
     affine = [((channels,), False)] * 2
-    yield Row(workload, "layer_norm", f"{list(shape)}", entry["calls"] // 3, [(shape, False), *affine],
-              {"pydiff": ours, "eager": eager}, written=math.prod(shape))
+    yield Row(
+        workload,
+        "layer_norm",
+        f"{list(shape)}",
+        entry["calls"] // 3,
+        [(shape, False), *affine],
+        {"pydiff": ours, "eager": eager},
+        written=math.prod(shape),
+    )
 
     def add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         total = x + residual
@@ -200,8 +252,15 @@ def _layer_norm(workload: str, family: str, entry: dict[str, Any]) -> Iterator[R
 
         return layer_norm(x, weight, bias, 1e-5, residual=residual)
 
-    yield Row(workload, "add_layer_norm", f"{list(shape)}", entry["calls"] * 2 // 3, [(shape, False)] * 2 + affine,
-              {"pydiff": ours_add, "eager": add}, written=2 * math.prod(shape))
+    yield Row(
+        workload,
+        "add_layer_norm",
+        f"{list(shape)}",
+        entry["calls"] * 2 // 3,
+        [(shape, False)] * 2 + affine,
+        {"pydiff": ours_add, "eager": add},
+        written=2 * math.prod(shape),
+    )
 
 
 def _upsample(workload: str, family: str, entry: dict[str, Any]) -> Iterator[Row]:
@@ -216,9 +275,16 @@ def _upsample(workload: str, family: str, entry: dict[str, Any]) -> Iterator[Row
         return upsample_conv2d(x, weight, bias)
 
     pixels = batch * 4 * height * width
-    yield Row(workload, "upsample_conv", f"{list(shape)}", entry["calls"],
-              [(shape, True), ((channels, channels, 3, 3), True), ((channels,), False)],
-              {"pydiff": ours, "eager": eager}, flops=18.0 * pixels * channels**2, written=pixels * channels)
+    yield Row(
+        workload,
+        "upsample_conv",
+        f"{list(shape)}",
+        entry["calls"],
+        [(shape, True), ((channels, channels, 3, 3), True), ((channels,), False)],
+        {"pydiff": ours, "eager": eager},
+        flops=18.0 * pixels * channels**2,
+        written=pixels * channels,
+    )
 
 
 def _residual(workload: str, family: str, entry: dict[str, Any]) -> Iterator[Row]:
@@ -238,12 +304,24 @@ def _residual(workload: str, family: str, entry: dict[str, Any]) -> Iterator[Row
         return residual_add(x, residual, bias=bias[0] if bias else None, channel_dim=1 if image else -1)
 
     tensors = [(shape, image)] * 2 + [((shape[1],), False)] * image
-    yield Row(workload, "residual", f"{list(shape)}", entry["calls"] if image else entry["calls"] // 3, tensors,
-              {"pydiff": ours, "eager": eager}, written=math.prod(shape))
+    yield Row(
+        workload,
+        "residual",
+        f"{list(shape)}",
+        entry["calls"] if image else entry["calls"] // 3,
+        tensors,
+        {"pydiff": ours, "eager": eager},
+        written=math.prod(shape),
+    )
 
 
 BUILDERS: dict[str, Callable[[str, str, dict[str, Any]], Iterator[Row]]] = {
-    "group_norm_silu": _group_norm, "group_norm": _group_norm, "attention_self": _attention,
-    "attention_cross": _attention, "geglu": _geglu, "layer_norm": _layer_norm, "upsample": _upsample,
+    "group_norm_silu": _group_norm,
+    "group_norm": _group_norm,
+    "attention_self": _attention,
+    "attention_cross": _attention,
+    "geglu": _geglu,
+    "layer_norm": _layer_norm,
+    "upsample": _upsample,
     "residual": _residual,
 }

@@ -122,8 +122,9 @@ def prepare(row: Row, name: str, device: torch.device, seconds: float) -> Prepar
         apart = compare(sample, row.wanted, BOUNDS[case.dtype], f"its sample is not that of {row.first}")
     except Exception as error:
         return harness.failure(error)
-    return Prepared(run, {"warm_up_s": warm_up, **memory_since(before), "difference": apart, "graphs": held(run),
-                          "warnings": said})
+    return Prepared(
+        run, {"warm_up_s": warm_up, **memory_since(before), "difference": apart, "graphs": held(run), "warnings": said}
+    )
 
 
 def memory(device: torch.device) -> tuple[int, int] | None:
@@ -139,8 +140,10 @@ def memory(device: torch.device) -> tuple[int, int] | None:
 def memory_since(before: tuple[int, int] | None) -> dict[str, int | None]:
     if before is None:
         return {"peak_bytes": None, "reserved_bytes": None}
-    return {"peak_bytes": torch.cuda.max_memory_allocated() - before[0],
-            "reserved_bytes": torch.cuda.memory_reserved() - before[1]}
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated() - before[0],
+        "reserved_bytes": torch.cuda.memory_reserved() - before[1],
+    }
 
 
 def measure(row: Row, rounds: int, device: torch.device, seconds: float) -> None:
@@ -149,8 +152,9 @@ def measure(row: Row, rounds: int, device: torch.device, seconds: float) -> None
         late = NotMeasured("no time was left for it")
         row.outcomes = {name: row.outcomes.get(name, late) for name in row.ways}
         return
-    entries: harness.Entries = {name: Entry(name, way.run) if isinstance(way, Prepared) else way
-                                for name, way in row.ways.items()}
+    entries: harness.Entries = {
+        name: Entry(name, way.run) if isinstance(way, Prepared) else way for name, way in row.ways.items()
+    }
     wait = torch.cuda.synchronize if device.type == "cuda" else None
     row.outcomes = harness.measure(entries, rounds, synchronize=wait)
     for name, way in row.ways.items():
@@ -167,8 +171,9 @@ def device_time(run: Run, device: torch.device) -> dict[str, Any]:
         return harness.failure(error).to_dict()
 
 
-def measure_all(keys: list[str], names: list[str], device: torch.device, arguments: argparse.Namespace, rounds: int,
-                budget: Budget) -> list[Row]:
+def measure_all(
+    keys: list[str], names: list[str], device: torch.device, arguments: argparse.Namespace, rounds: int, budget: Budget
+) -> list[Row]:
     """Launch-bound models first, and of each group what is compiled last, since it may use up the time."""
     rows = {}
     for group in ([k for k in keys if k in LAUNCH_BOUND], [k for k in keys if k not in LAUNCH_BOUND]):
@@ -178,8 +183,11 @@ def measure_all(keys: list[str], names: list[str], device: torch.device, argumen
                     rows[key] = open_row(key, device, arguments, budget.left)
                 row, due = rows[key], [name for name in names if WAYS[name].late is late]
                 for name in due:
-                    row.ways[name] = row.refused or refusal(WAYS[name], device, arguments.compile) \
+                    row.ways[name] = (
+                        row.refused
+                        or refusal(WAYS[name], device, arguments.compile)
                         or prepare(row, name, device, budget.left)
+                    )
                 if not late or any(isinstance(row.ways[name], Prepared) for name in due):
                     measure(row, rounds, device, budget.left)
                 row.outcomes |= {name: way for name in due if isinstance(way := row.ways[name], NotMeasured)}
@@ -201,9 +209,14 @@ def to_dict(row: Row, names: list[str]) -> dict[str, Any]:
     if row.case is None:
         return found
     case = row.case
-    return found | {"shape": list(case.x.shape), "dtype": str(case.dtype).removeprefix("torch."),
-                    "parameters": sum(p.numel() for p in case.model.parameters()), "steps": loop_rivals.STEPS,
-                    "guidance_scale": case.guidance, "threads": torch.get_num_threads()}
+    return found | {
+        "shape": list(case.x.shape),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in case.model.parameters()),
+        "steps": loop_rivals.STEPS,
+        "guidance_scale": case.guidance,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def overview(rows: list[dict[str, Any]], names: list[str]) -> str:
@@ -213,8 +226,10 @@ def overview(rows: list[dict[str, Any]], names: list[str]) -> str:
         ratio = found["times_as_fast_as_diffusers"]
         return milliseconds(found["sample"]["median_us"]) + (f" ({harness.number(ratio)} x)" if ratio else "")
 
-    return table(["ms a sample (times as fast as diffusers)", *names],
-                 [[row["workload"], *(cell(row["ways"][name]) for name in names)] for row in rows])
+    return table(
+        ["ms a sample (times as fast as diffusers)", *names],
+        [[row["workload"], *(cell(row["ways"][name]) for name in names)] for row in rows],
+    )
 
 
 def details(row: dict[str, Any]) -> list[str]:
@@ -222,14 +237,29 @@ def details(row: dict[str, Any]) -> list[str]:
         sample, device = found["sample"], found["device"]
         shares = [device.get(key) for key in ("gap_share", "stage_gap_share")]
         sizes = [found[key] for key in ("peak_bytes", "reserved_bytes")]
-        return [name, milliseconds(sample["median_us"]), " to ".join(map(milliseconds, sample["quartiles_us"])),
-                harness.number(sample.get("host_median_us")),
-                *(harness.number(None if s is None else 100 * s) for s in shares),
-                *(harness.number(None if b is None else b / 2**20) for b in sizes),
-                harness.number(found["warm_up_s"]), harness.number(found["difference"])]
+        return [
+            name,
+            milliseconds(sample["median_us"]),
+            " to ".join(map(milliseconds, sample["quartiles_us"])),
+            harness.number(sample.get("host_median_us")),
+            *(harness.number(None if s is None else 100 * s) for s in shares),
+            *(harness.number(None if b is None else b / 2**20) for b in sizes),
+            harness.number(found["warm_up_s"]),
+            harness.number(found["difference"]),
+        ]
 
-    header = ["way", "ms a sample", "quartiles", "host us", "idle %", "between stages %", "peak MiB", "reserved MiB",
-              "warm-up s", "difference"]
+    header = [
+        "way",
+        "ms a sample",
+        "quartiles",
+        "host us",
+        "idle %",
+        "between stages %",
+        "peak MiB",
+        "reserved MiB",
+        "warm-up s",
+        "difference",
+    ]
     rows = [cells(*pair) for pair in row["ways"].items() if "sample" in pair[1]]
     return [table(header, rows), ""] if rows else []
 
@@ -262,11 +292,18 @@ def targets(rows: list[Row]) -> list[Target]:
         times, way = row.outcomes, row.ways.get("pydiff loop")
         loop, device = times.get("pydiff loop"), way.found.get("device", {}) if isinstance(way, Prepared) else {}
         host = Timing(loop.host, min(loop.host), loop.runs) if isinstance(loop, Timing) and loop.host else None
-        found += [Target(f"{key}: diffusers / pydiff loop", times.get("diffusers"), loop, 5),
-                  Target(f"{key}: diffusers compiled / pydiff loop", times.get("diffusers compiled"), loop, 1.5),
-                  Target(f"{key}: host time of pydiff loop / 50 us", host, fixed(50.0), 1, at_least=False),
-                  Target(f"{key}: idle between stages / the whole of pydiff loop", fixed(device.get("stage_gaps_us")),
-                         fixed(device.get("span_us")), 0.01, at_least=False)]
+        found += [
+            Target(f"{key}: diffusers / pydiff loop", times.get("diffusers"), loop, 5),
+            Target(f"{key}: diffusers compiled / pydiff loop", times.get("diffusers compiled"), loop, 1.5),
+            Target(f"{key}: host time of pydiff loop / 50 us", host, fixed(50.0), 1, at_least=False),
+            Target(
+                f"{key}: idle between stages / the whole of pydiff loop",
+                fixed(device.get("stage_gaps_us")),
+                fixed(device.get("span_us")),
+                0.01,
+                at_least=False,
+            ),
+        ]
     return found
 
 
@@ -302,8 +339,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for row in rows:
         print("", row["title"], "", *details(row), *reasons(row), sep="\n")
     print(f"\n{overview(rows, names)}\n\n{harness.target_table(judged)}")
-    result = {"benchmark": "loop", "environment": environment | {"triton": harness._version("triton")},
-              "quick": arguments.quick, "rows": rows, "targets": [target.to_dict() for target in judged]}
+    result = {
+        "benchmark": "loop",
+        "environment": environment | {"triton": harness._version("triton")},
+        "quick": arguments.quick,
+        "rows": rows,
+        "targets": [target.to_dict() for target in judged],
+    }
     print(f"\nwritten to {harness.save(result, arguments.out)}")
     return result
 

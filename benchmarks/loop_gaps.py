@@ -37,8 +37,14 @@ def idle_time(events: Sequence[Event]) -> dict[str, Any]:
     found = gaps([event[1:] for event in ordered])
     after = [gap for event, gap in zip(ordered, found) if STAGE_KERNEL in event.name]
     span = max(event.end for event in ordered) - ordered[0].start
-    return {"events": len(ordered), "span_us": span, "gaps_us": sum(found), "gap_share": sum(found) / span,
-            "stage_gaps_us": sum(after) if after else None, "stage_gap_share": sum(after) / span if after else None}
+    return {
+        "events": len(ordered),
+        "span_us": span,
+        "gaps_us": sum(found),
+        "gap_share": sum(found) / span,
+        "stage_gaps_us": sum(after) if after else None,
+        "stage_gap_share": sum(after) / span if after else None,
+    }
 
 
 def profiled_idle_time(run: Callable[[], Any]) -> dict[str, Any]:
@@ -48,8 +54,11 @@ def profiled_idle_time(run: Callable[[], Any]) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
-    events = [Event(e.name, e.time_range.start, e.time_range.end) for e in profiler.events()
-              if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
+    events = [
+        Event(e.name, e.time_range.start, e.time_range.end)
+        for e in profiler.events()
+        if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)
+    ]
     if not events:
         raise RuntimeError("the profiler saw no kernel")
     return idle_time(events)

@@ -31,8 +31,9 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
 
 
 def conv_norm_mish(in_channels: int, out_channels: int, kernel: int, groups: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv1d(in_channels, out_channels, kernel, padding=kernel // 2),
-                         nn.GroupNorm(groups, out_channels), nn.Mish())
+    return nn.Sequential(
+        nn.Conv1d(in_channels, out_channels, kernel, padding=kernel // 2), nn.GroupNorm(groups, out_channels), nn.Mish()
+    )
 
 
 class FiLMBlock(nn.Module):
@@ -57,17 +58,28 @@ class PolicyUNet(nn.Module):
     x [B, horizon, action], t [B] or 0-d, observation [B, steps, width] -> [B, horizon, action].
     """
 
-    def __init__(self, action: int = 2, observation: int = 2 * 20, horizon: int = 16, time_width: int = 256,
-                 widths: tuple[int, ...] = (256, 512, 1024), kernel: int = 5, groups: int = 8):
+    def __init__(
+        self,
+        action: int = 2,
+        observation: int = 2 * 20,
+        horizon: int = 16,
+        time_width: int = 256,
+        widths: tuple[int, ...] = (256, 512, 1024),
+        kernel: int = 5,
+        groups: int = 8,
+    ):
         super().__init__()
         self.sample_shape = (horizon, action)
         self.observation, self.time_width = observation, time_width
-        self.time = nn.Sequential(nn.Linear(time_width, 4 * time_width), nn.Mish(),
-                                  nn.Linear(4 * time_width, time_width))
+        self.time = nn.Sequential(
+            nn.Linear(time_width, 4 * time_width), nn.Mish(), nn.Linear(4 * time_width, time_width)
+        )
 
         def pair(in_channels: int, out_channels: int) -> nn.ModuleList:
-            return nn.ModuleList(FiLMBlock(n, out_channels, time_width + observation, kernel, groups)
-                                 for n in (in_channels, out_channels))
+            return nn.ModuleList(
+                FiLMBlock(n, out_channels, time_width + observation, kernel, groups)
+                for n in (in_channels, out_channels)
+            )
 
         steps = list(zip(widths, widths[1:]))
         self.down = nn.ModuleList([pair(action, widths[0]), *(pair(a, b) for a, b in steps)])
@@ -75,8 +87,7 @@ class PolicyUNet(nn.Module):
         self.middle = pair(widths[-1], widths[-1])
         self.up = nn.ModuleList(pair(2 * b, a) for a, b in reversed(steps))
         self.upsample = nn.ModuleList(nn.ConvTranspose1d(a, a, 4, stride=2, padding=1) for a, _ in reversed(steps))
-        self.out = nn.Sequential(conv_norm_mish(widths[0], widths[0], kernel, groups),
-                                 nn.Conv1d(widths[0], action, 1))
+        self.out = nn.Sequential(conv_norm_mish(widths[0], widths[0], kernel, groups), nn.Conv1d(widths[0], action, 1))
 
     def forward(self, x: Tensor, t: Tensor, observation: Tensor) -> Tensor:
         time = self.time(sinusoids(t, self.time_width).to(x.dtype)).expand(x.shape[0], -1)
@@ -119,12 +130,14 @@ class WaveLayer(nn.Module):
 class WaveNet(nn.Module):
     """DiffWave without a condition (Kong et al. 2021), its base size: x [B, 1, T], t [B] or 0-d -> [B, 1, T]."""
 
-    def __init__(self, length: int = 16_000, channels: int = 64, layers: int = 30, cycle: int = 10,
-                 time_width: int = 512):
+    def __init__(
+        self, length: int = 16_000, channels: int = 64, layers: int = 30, cycle: int = 10, time_width: int = 512
+    ):
         super().__init__()
         self.sample_shape, self.time_width = (1, length), time_width
-        self.time = nn.Sequential(nn.Linear(time_width // 4, time_width), nn.SiLU(),
-                                  nn.Linear(time_width, time_width), nn.SiLU())
+        self.time = nn.Sequential(
+            nn.Linear(time_width // 4, time_width), nn.SiLU(), nn.Linear(time_width, time_width), nn.SiLU()
+        )
         self.first = nn.Sequential(nn.Conv1d(1, channels, 1), nn.ReLU())
         self.layers = nn.ModuleList(WaveLayer(channels, 2 ** (k % cycle), time_width) for k in range(layers))
         self.last = nn.Sequential(nn.Conv1d(channels, channels, 1), nn.ReLU(), nn.Conv1d(channels, 1, 1))
@@ -220,8 +233,7 @@ class LoopModel(NamedTuple):
     call: Condition = {}
     on_cpu: bool = True  # small enough to be timed on a CPU unasked
 
-    def build(self, device: torch.device, dtype: torch.dtype, *, batch: int | None = None,
-              smoke: bool = False) -> Case:
+    def build(self, device: torch.device, dtype: torch.dtype, *, batch: int | None = None, smoke: bool = False) -> Case:
         """The same weights, x_T and condition every time on a device, whatever the dtype."""
         batch = batch or (min(self.batch, 2) if smoke else self.batch)
         torch.manual_seed(0)
@@ -233,8 +245,15 @@ class LoopModel(NamedTuple):
         for parameter in model.parameters():  # not model.to: diffusers' warns of a cast
             parameter.data = parameter.data.to(dtype)
         model.eval().requires_grad_(False)
-        return Case(model, x, as_dtype(cond, dtype), None if uncond is None else as_dtype(uncond, dtype), self.guidance,
-                    self.prediction, self.call)
+        return Case(
+            model,
+            x,
+            as_dtype(cond, dtype),
+            None if uncond is None else as_dtype(uncond, dtype),
+            self.guidance,
+            self.prediction,
+            self.call,
+        )
 
 
 def as_dtype(condition: Condition, dtype: torch.dtype) -> Condition:
@@ -242,16 +261,35 @@ def as_dtype(condition: Condition, dtype: torch.dtype) -> Condition:
 
 
 MODELS = {
-    "policy": LoopModel("diffusion policy's 1-D U-Net (Push-T: 16 actions, 2 observations of 20)", policy,
-                        condition=lambda model, batch: {"observation": torch.randn(batch, 2, model.observation // 2)}),
+    "policy": LoopModel(
+        "diffusion policy's 1-D U-Net (Push-T: 16 actions, 2 observations of 20)",
+        policy,
+        condition=lambda model, batch: {"observation": torch.randn(batch, 2, model.observation // 2)},
+    ),
     "tabular": LoopModel("TabDDPM's MLP, 10 columns", tabular, batch=256, cuda_dtype=torch.float32),
-    "bundled": LoopModel("the bundled U-Net, 28x28", unet_models.bundled, batch=16, prediction="v_prediction",
-                         condition=lambda model, batch: {"labels": torch.full((batch,), 3)}),
+    "bundled": LoopModel(
+        "the bundled U-Net, 28x28",
+        unet_models.bundled,
+        batch=16,
+        prediction="v_prediction",
+        condition=lambda model, batch: {"labels": torch.full((batch,), 3)},
+    ),
     "waveform": LoopModel("DiffWave, 1 s at 16 kHz", waveform, cuda_dtype=torch.float32),
-    "cifar10": LoopModel("google/ddpm-cifar10-32 (diffusers UNet2DModel), 32x32", unet_models.ddpm_cifar10,
-                         image_shape, call={"return_dict": False}),
-    "sd15": LoopModel("SD1.5 U-Net, 512x512, guidance 7.5", unet_models.sd15, image_shape, guidance=7.5,
-                      condition=lambda model, batch: {"encoder_hidden_states": torch.randn(
-                          batch, unet_models.TEXT_TOKENS, model.config.cross_attention_dim)},
-                      call={"return_dict": False}, on_cpu=False),
+    "cifar10": LoopModel(
+        "google/ddpm-cifar10-32 (diffusers UNet2DModel), 32x32",
+        unet_models.ddpm_cifar10,
+        image_shape,
+        call={"return_dict": False},
+    ),
+    "sd15": LoopModel(
+        "SD1.5 U-Net, 512x512, guidance 7.5",
+        unet_models.sd15,
+        image_shape,
+        guidance=7.5,
+        condition=lambda model, batch: {
+            "encoder_hidden_states": torch.randn(batch, unet_models.TEXT_TOKENS, model.config.cross_attention_dim)
+        },
+        call={"return_dict": False},
+        on_cpu=False,
+    ),
 }

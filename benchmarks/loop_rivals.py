@@ -24,8 +24,13 @@ def plan_arguments(case: Case) -> dict[str, Any]:
     """What makes a `pydiff.Sampler` do the same arithmetic."""
     config = {"_class_name": SCHEDULER, "prediction_type": case.prediction, **BETAS}
     schedule, prediction, grid = pydiff.from_diffusers_config(config)
-    return {"solver": "dpmpp_2m", "schedule": schedule, "prediction": prediction, "guidance_scale": case.guidance,
-            "times": pydiff.make_times(schedule, STEPS, **grid)}
+    return {
+        "solver": "dpmpp_2m",
+        "schedule": schedule,
+        "prediction": prediction,
+        "guidance_scale": case.guidance,
+        "times": pydiff.make_times(schedule, STEPS, **grid),
+    }
 
 
 def scheduler_loop(case: Case, denoise: Denoiser) -> Run:

@@ -91,6 +91,7 @@ def check_samples(model: LoopModel, device: torch.device, batch: int | None, smo
     calls = {"diffusers": 0, "pydiff": 0}
     samples = {}
     for name in calls:
+
         def count(*_: Any, name: str = name) -> None:
             calls[name] += 1
 

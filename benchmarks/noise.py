@@ -49,8 +49,10 @@ def entries_for(shape: Shape, device: torch.device) -> Entries:
         return run
 
     generators = [generator] if device.type == "cuda" else []
-    rivals = {"normal_": lambda: theirs.normal_(generator=generator),
-              "randn": lambda: torch.randn(shape, generator=generator, device=device)}
+    rivals = {
+        "normal_": lambda: theirs.normal_(generator=generator),
+        "randn": lambda: torch.randn(shape, generator=generator, device=device),
+    }
     entries: Entries = {k: Entry(k, repeated(f), per, generators=generators) for k, f in rivals.items()}
     entries["pydiff"] = Entry("pydiff", repeated(lambda: normal(seeds, next(draw), shape[1:])), per)
     fast, reason = can_use_native(device)
@@ -71,9 +73,13 @@ def report(rows: list[dict[str, Any]]) -> str:
     def cells(row: dict[str, Any]) -> list[str]:
         found = row["outcomes"]
         times = (harness.microseconds(found[k]) for k in COLUMNS)
-        return [str(row["shape"]), row["where"], *times,
-                harness.number(harness.ratio(found["normal_"], found["pydiff fill"])),
-                harness.number(harness.ratio(found["randn"], found["pydiff"]))]
+        return [
+            str(row["shape"]),
+            row["where"],
+            *times,
+            harness.number(harness.ratio(found["normal_"], found["pydiff fill"])),
+            harness.number(harness.ratio(found["randn"], found["pydiff"])),
+        ]
 
     header = ["us a tensor: median (min)", "", *COLUMNS, "normal_ / pydiff fill", "randn / pydiff"]
     return harness.markdown(header, map(cells, rows))
@@ -112,12 +118,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     judged = []
     if device.type == "cpu":
         last = rows[-1]["outcomes"]
-        judged = [Target("normals, 16 MiB, all threads: times faster than Tensor.normal_", last["normal_"],
-                         last["pydiff fill"], 5)]
+        judged = [
+            Target(
+                "normals, 16 MiB, all threads: times faster than Tensor.normal_",
+                last["normal_"],
+                last["pydiff fill"],
+                5,
+            )
+        ]
         print(f"\n{harness.target_table(judged)}")
-    result = {"benchmark": "noise", "environment": environment, "quick": arguments.quick, "rounds": rounds,
-              "rows": [{**row, "outcomes": harness.to_json(row["outcomes"])} for row in rows],
-              "targets": [target.to_dict() for target in judged]}
+    result = {
+        "benchmark": "noise",
+        "environment": environment,
+        "quick": arguments.quick,
+        "rounds": rounds,
+        "rows": [{**row, "outcomes": harness.to_json(row["outcomes"])} for row in rows],
+        "targets": [target.to_dict() for target in judged],
+    }
     print(f"\nwritten to {harness.save(result, arguments.out)}")
     return result
 

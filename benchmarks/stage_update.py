@@ -70,10 +70,16 @@ SAMPLERS = {
     "dpmpp_3m": Sampler("dpmpp_3m", "DPMSolverMultistepScheduler", {"solver_order": 3}),
     "unipc": Sampler("unipc", "UniPCMultistepScheduler"),
     "euler": Sampler("euler", "EulerDiscreteScheduler", scales_input=True, function="sample_euler"),
-    "euler_ancestral": Sampler("euler_ancestral", "EulerAncestralDiscreteScheduler", scales_input=True,
-                               function="sample_euler_ancestral", noisy=True),
-    "dpmpp_2m_sde": Sampler("dpmpp_2m_sde", "DPMSolverMultistepScheduler", SDE, noisy=True,
-                            function="sample_dpmpp_2m_sde"),
+    "euler_ancestral": Sampler(
+        "euler_ancestral",
+        "EulerAncestralDiscreteScheduler",
+        scales_input=True,
+        function="sample_euler_ancestral",
+        noisy=True,
+    ),
+    "dpmpp_2m_sde": Sampler(
+        "dpmpp_2m_sde", "DPMSolverMultistepScheduler", SDE, noisy=True, function="sample_dpmpp_2m_sde"
+    ),
 }
 
 
@@ -111,9 +117,11 @@ def our_entries(sampler: Sampler, x: torch.Tensor, m: torch.Tensor) -> Entries:
         return state
 
     per = len(plan)
-    return {"pydiff": Entry("pydiff", lambda: run(fresh[0]), per, renew),
-            "pydiff alone": Entry("pydiff alone", lambda: run(kept), per, rewind),
-            "pydiff all": Entry("pydiff all", whole, per)}
+    return {
+        "pydiff": Entry("pydiff", lambda: run(fresh[0]), per, renew),
+        "pydiff alone": Entry("pydiff alone", lambda: run(kept), per, rewind),
+        "pydiff all": Entry("pydiff all", whole, per),
+    }
 
 
 def diffusers_entry(sampler: Sampler, x: torch.Tensor, m: torch.Tensor) -> Entry:
@@ -214,11 +222,16 @@ def run_sampler(name: str, shape: Shape, device: torch.device, rounds: int, turn
     entries = entries_for(SAMPLERS[name], x, m)
     found = harness.measure(entries, rounds, turn=turn, synchronize=synchronize)
     # A graph is captured of what is bound already; the loop on a new state would be the same kernels.
-    on_device = ({k: e for k, e in entries.items() if k not in ("pydiff", "pydiff all")}
-                 if device.type == "cuda" else {})
+    on_device = {k: e for k, e in entries.items() if k not in ("pydiff", "pydiff all")} if device.type == "cuda" else {}
     replayed = graph_timing.measure_device(on_device, rounds) if on_device else {}
-    return {"sampler": name, "shape": list(shape), "threads": torch.get_num_threads(),
-            "tensors_moved": tensors_moved(make_plan(SAMPLERS[name])), "outcomes": found, "device": replayed}
+    return {
+        "sampler": name,
+        "shape": list(shape),
+        "threads": torch.get_num_threads(),
+        "tensors_moved": tensors_moved(make_plan(SAMPLERS[name])),
+        "outcomes": found,
+        "device": replayed,
+    }
 
 
 def run_shape(shape: Shape, device: torch.device, rounds: int, turn: float) -> list[Row]:
@@ -235,6 +248,7 @@ def run_shape(shape: Shape, device: torch.device, rounds: int, turn: float) -> l
 
 def targets(rows: list[Row], normals: dict[str, Outcome]) -> list[Target]:
     """What the CPU has to reach. A row that is not there leaves its target unmeasured."""
+
     def outcomes(name: str, sampler: str) -> dict[str, Outcome]:
         here = (r for r in rows if tuple(r["shape"]) == SHAPES[name] and r["sampler"] == sampler)
         return next(here, {"outcomes": {}})["outcomes"]
@@ -244,11 +258,11 @@ def targets(rows: list[Row], normals: dict[str, Outcome]) -> list[Target]:
     return [
         Target(f"2M on [1,4,8,8]: {cheaper}", tiny.get("diffusers"), tiny.get("pydiff"), 30),
         Target(f"2M on [64,4,128,128]: {cheaper}", big.get("diffusers"), big.get("pydiff"), 6),
-        Target("2M on [64,4,128,128]: in units of one copy_", big.get("pydiff"), big.get("copy_"), 3,
-               at_least=False),
+        Target("2M on [64,4,128,128]: in units of one copy_", big.get("pydiff"), big.get("copy_"), 3, at_least=False),
         Target(f"2M-SDE on [64,4,128,128]: {cheaper}", sde.get("diffusers"), sde.get("pydiff"), 10),
-        Target("normals, 16 MiB: times faster than Tensor.normal_", normals.get("normal_"),
-               normals.get("pydiff fill"), 5),
+        Target(
+            "normals, 16 MiB: times faster than Tensor.normal_", normals.get("normal_"), normals.get("pydiff fill"), 5
+        ),
     ]
 
 
@@ -259,6 +273,7 @@ COLUMNS = ("copy_", "pydiff", "pydiff alone", "pydiff all", "diffusers", "k-diff
 
 def host_table(rows: list[Row]) -> str:
     """Microseconds a step, median (minimum), and the ratios of the medians."""
+
     def cells(row: Row) -> list[str]:
         found = row["outcomes"]
         ours = found["pydiff"]
@@ -266,8 +281,17 @@ def host_table(rows: list[Row]) -> str:
         times = (harness.microseconds(found[k]) for k in COLUMNS)
         return [row["sampler"], *times, f"{row['tensors_moved']:.1f}", *map(harness.number, ratios)]
 
-    return harness.markdown(["us a step: median (min)", *COLUMNS, "tensors moved", "pydiff / copy_",
-                             "diffusers / pydiff", "k-diffusion / pydiff"], map(cells, rows))
+    return harness.markdown(
+        [
+            "us a step: median (min)",
+            *COLUMNS,
+            "tensors moved",
+            "pydiff / copy_",
+            "diffusers / pydiff",
+            "k-diffusion / pydiff",
+        ],
+        map(cells, rows),
+    )
 
 
 def device_table(rows: list[Row]) -> str:
@@ -276,12 +300,21 @@ def device_table(rows: list[Row]) -> str:
 
     def cells(row: Row) -> list[str]:
         busy = (harness.number(row["outcomes"][k].to_dict().get("host_median_us")) for k in columns)
-        return [row["sampler"], *busy, *(harness.microseconds(row["device"][k]) for k in columns),
-                harness.number(harness.ratio(row["device"]["pydiff alone"], row["device"]["copy_"])),
-                harness.number(harness.ratio(row["device"]["diffusers"], row["device"]["pydiff alone"]))]
+        return [
+            row["sampler"],
+            *busy,
+            *(harness.microseconds(row["device"][k]) for k in columns),
+            harness.number(harness.ratio(row["device"]["pydiff alone"], row["device"]["copy_"])),
+            harness.number(harness.ratio(row["device"]["diffusers"], row["device"]["pydiff alone"])),
+        ]
 
-    header = ["us a step", *(f"host: {k}" for k in columns), *(f"device: {k}" for k in columns),
-              "device: pydiff / copy_", "device: diffusers / pydiff"]
+    header = [
+        "us a step",
+        *(f"host: {k}" for k in columns),
+        *(f"device: {k}" for k in columns),
+        "device: pydiff / copy_",
+        "device: diffusers / pydiff",
+    ]
     return harness.markdown(header, map(cells, rows))
 
 
@@ -341,10 +374,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print("", *reasons(rows), sep="\n")
     if judged:
         print(f"\n{harness.target_table(judged)}")
-    result = {"benchmark": "stage_update", "environment": environment, "quick": arguments.quick,
-              "steps": STEPS, "rows": [to_json(row) for row in rows],
-              "normals": harness.to_json(normals),
-              "targets": [target.to_dict() for target in judged]}
+    result = {
+        "benchmark": "stage_update",
+        "environment": environment,
+        "quick": arguments.quick,
+        "steps": STEPS,
+        "rows": [to_json(row) for row in rows],
+        "normals": harness.to_json(normals),
+        "targets": [target.to_dict() for target in judged],
+    }
     print(f"\nwritten to {harness.save(result, arguments.out)}")
     return result
 

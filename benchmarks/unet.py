@@ -104,8 +104,13 @@ def pydiff_optimize(model: nn.Module) -> nn.Module:
 
 
 VARIANTS: dict[str, Callable[[Any, Inputs], Call]] = {
-    "eager": eager, "tuned": tuned, "pydiff": optimized, "pydiff hoisted": optimized_hoisted, "regional": regional,
-    "compile": compiled, "pydiff+compile": optimized_compiled,
+    "eager": eager,
+    "tuned": tuned,
+    "pydiff": optimized,
+    "pydiff hoisted": optimized_hoisted,
+    "regional": regional,
+    "compile": compiled,
+    "pydiff+compile": optimized_compiled,
 }
 CONTIGUOUS = ("eager",)  # every other variant is given channels_last inputs and weights
 ON_CUDA = ("regional", "compile", "pydiff+compile")
@@ -127,8 +132,9 @@ def with_cudnn_attention(call: Call) -> Call:
 # ------------------------------------------------------------------------------------ measuring one variant
 
 
-def measure_variant(workload: Workload, name: str, device: torch.device, rounds: int, smoke: bool,
-                    seconds: float) -> tuple[dict[str, Any], Tensor | None]:
+def measure_variant(
+    workload: Workload, name: str, device: torch.device, rounds: int, smoke: bool, seconds: float
+) -> tuple[dict[str, Any], Tensor | None]:
     """What is to be written down of a variant, and its output; the reason, where something stopped it."""
     if name in ON_CUDA and device.type != "cuda":
         return NotMeasured("compiled only on CUDA").to_dict(), None
@@ -212,8 +218,9 @@ def counted_kernels(workload: Workload, name: str, smoke: bool) -> dict[str, Any
     try:
         from pydiff.optimize.launches import count_launches, fake_cuda
 
-        model, inputs = workload.build(torch.device("meta"), torch.bfloat16, channels_last=name not in CONTIGUOUS,
-                                       smoke=smoke)
+        model, inputs = workload.build(
+            torch.device("meta"), torch.bfloat16, channels_last=name not in CONTIGUOUS, smoke=smoke
+        )
         if name.startswith("pydiff"):
             model = pydiff_optimize(model)
         model, inputs = fake_cuda((model, inputs))
@@ -250,9 +257,15 @@ def table(row: dict[str, Any]) -> str:
     def cells(name: str, found: dict[str, Any]) -> list[str]:
         peak, total = found.get("peak_bytes"), found["counted"].get("total")
         kernels = [str(n) if n is not None else harness.NOT_MEASURED for n in (found.get("kernels"), total)]
-        return [name, milliseconds(found.get("call")), milliseconds(found.get("replay")), *kernels,
-                harness.number(None if peak is None else peak / 2**30), harness.number(found.get("warm_up_s")),
-                harness.number(found.get("difference"))]
+        return [
+            name,
+            milliseconds(found.get("call")),
+            milliseconds(found.get("replay")),
+            *kernels,
+            harness.number(None if peak is None else peak / 2**30),
+            harness.number(found.get("warm_up_s")),
+            harness.number(found.get("difference")),
+        ]
 
     header = ["variant", "ms a call", "ms a replay", "kernels", "counted", "peak GiB", "warm-up s", "difference"]
     return harness.markdown(header, [cells(*pair) for pair in row["variants"].items()])
@@ -267,8 +280,9 @@ def reasons(row: dict[str, Any]) -> list[str]:
 # ------------------------------------------------------------------------------------ the run
 
 
-def measure_all(keys: list[str], variants: list[str], device: torch.device, rounds: int, smoke: bool,
-                budget: Budget) -> list[dict[str, Any]]:
+def measure_all(
+    keys: list[str], variants: list[str], device: torch.device, rounds: int, smoke: bool, budget: Budget
+) -> list[dict[str, Any]]:
     """Every row's variants; what is compiled comes after everything else, since it may use up the time.
 
     With no rounds kernels are counted and nothing is run.
@@ -316,8 +330,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rows = measure_all(keys, variants, device, rounds, arguments.smoke, budget)
     for row in rows:
         print(f"\n{row['title']}\n\n{table(row)}\n", *reasons(row), sep="\n")
-    result = {"benchmark": "unet", "environment": environment | {"triton": harness._version("triton")},
-              "quick": arguments.quick or arguments.smoke, "rows": rows}
+    result = {
+        "benchmark": "unet",
+        "environment": environment | {"triton": harness._version("triton")},
+        "quick": arguments.quick or arguments.smoke,
+        "rows": rows,
+    }
     print(f"\nwritten to {harness.save(result, arguments.out)}")
     return result
 

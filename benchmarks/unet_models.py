@@ -57,8 +57,9 @@ class Workload(NamedTuple):
     make: Callable[[bool], nn.Module]
     inputs: Callable[[nn.Module, bool], Inputs]
 
-    def build(self, device: torch.device, dtype: torch.dtype, *, channels_last: bool = False,
-              smoke: bool = False) -> tuple[nn.Module, Inputs]:
+    def build(
+        self, device: torch.device, dtype: torch.dtype, *, channels_last: bool = False, smoke: bool = False
+    ) -> tuple[nn.Module, Inputs]:
         """The same weights and inputs every time on a device; on the meta device only their shapes."""
         torch.manual_seed(0)
         with torch.device(device), torch.no_grad():
@@ -87,17 +88,29 @@ def _cast(value: Any, dtype: torch.dtype, channels_last: bool) -> Any:
 def sd15(smoke: bool) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    small = {"sample_size": 16, "block_out_channels": (32, 32, 64, 64), "cross_attention_dim": 32,
-             "attention_head_dim": 4, "layers_per_block": 1}
+    small = {
+        "sample_size": 16,
+        "block_out_channels": (32, 32, 64, 64),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+        "layers_per_block": 1,
+    }
     return UNet2DConditionModel(**(SD15 | small if smoke else SD15))
 
 
 def sdxl(smoke: bool) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    small = {"sample_size": 16, "block_out_channels": (32, 64, 64), "cross_attention_dim": 32,
-             "attention_head_dim": (2, 4, 4), "transformer_layers_per_block": (1, 1, 2), "layers_per_block": 1,
-             "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}
+    small = {
+        "sample_size": 16,
+        "block_out_channels": (32, 64, 64),
+        "cross_attention_dim": 32,
+        "attention_head_dim": (2, 4, 4),
+        "transformer_layers_per_block": (1, 1, 2),
+        "layers_per_block": 1,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 80,
+    }
     return UNet2DConditionModel(**(SDXL | small if smoke else SDXL))
 
 
@@ -105,8 +118,12 @@ def text_unet_inputs(model: Any, smoke: bool) -> Inputs:
     """Two rows of latents: one image with classifier-free guidance."""
     config = model.config
     size, width = config.sample_size, config.cross_attention_dim
-    inputs = {"sample": torch.randn(2, 4, size, size), "timestep": torch.full((), 500),
-              "encoder_hidden_states": torch.randn(2, TEXT_TOKENS, width), "return_dict": False}
+    inputs = {
+        "sample": torch.randn(2, 4, size, size),
+        "timestep": torch.full((), 500),
+        "encoder_hidden_states": torch.randn(2, TEXT_TOKENS, width),
+        "return_dict": False,
+    }
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(2, pooled), "time_ids": torch.randn(2, 6)}
@@ -172,7 +189,10 @@ WORKLOADS = {
     "sd15_512_b2": Workload("SD1.5 U-Net, 512x512, batch 2", sd15, text_unet_inputs),
     "bundled_b64": Workload("the bundled U-Net, 28x28, batch 64", bundled, bundled_inputs),
     "vae_decode_1024_b1": Workload("SDXL VAE decoder, 1024x1024, batch 1", vae_decoder, vae_inputs),
-    "cifar10_32_b64": Workload("google/ddpm-cifar10-32 (diffusers UNet2DModel; for EDM's DDPM++, which no package "
-                               "has), 32x32, batch 64", ddpm_cifar10, cifar10_inputs),
+    "cifar10_32_b64": Workload(
+        "google/ddpm-cifar10-32 (diffusers UNet2DModel; for EDM's DDPM++, which no package has), 32x32, batch 64",
+        ddpm_cifar10,
+        cifar10_inputs,
+    ),
     "sdxl_1024_b2": Workload("SDXL U-Net, 1024x1024, batch 2", sdxl, text_unet_inputs),
 }

@@ -51,8 +51,9 @@ class Service:
         }
         # Compiled once and kept: a plan is checked whenever it is made, which takes longer than a launch.
         compiler = self.samplers[sizes[0]]
-        self.plans = {(n, scale): compiler.make_plan("dpmpp_2m", n, guidance_scale=scale)
-                      for n in steps for scale in SCALES}
+        self.plans = {
+            (n, scale): compiler.make_plan("dpmpp_2m", n, guidance_scale=scale) for n in steps for scale in SCALES
+        }
         for size in sizes:  # before the first request: warm-up and capture, so that the longest run comes last
             for n in sorted(steps):
                 self.sample(Job(0, [0] * size, n, SCALES[0]))

@@ -71,8 +71,9 @@ def _columns(x, n, c, channels, positions, NHWC: tl.constexpr, VEC: tl.constexpr
 
 
 @triton.jit
-def _inputs(x, x2, n, c, c0, channels1, channels2, positions, INPUTS: tl.constexpr, NHWC: tl.constexpr,
-            VEC: tl.constexpr):
+def _inputs(
+    x, x2, n, c, c0, channels1, channels2, positions, INPUTS: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr
+):
     """`_columns` of the input that holds each channel: of both where a tile lies across the border."""
     ptr, step = _columns(x, n, c, channels1, positions, NHWC, VEC)
     ptr2, step2 = ptr, step
@@ -127,8 +128,9 @@ def _activate(y, SILU: tl.constexpr):
 
 
 @triton.jit
-def _sum_with_residual(v, addend, residual, summed, n, c, channels, positions, start, rows, mask, NHWC: tl.constexpr,
-                       VEC: tl.constexpr):
+def _sum_with_residual(
+    v, addend, residual, summed, n, c, channels, positions, start, rows, mask, NHWC: tl.constexpr, VEC: tl.constexpr
+):
     """v + addend + residual, rounded to its dtype; written to `summed` unless that is None."""
     ptr, step = _columns(residual, n, c, channels, positions, NHWC, VEC)
     offset = start * step + rows[:, None] * step
@@ -208,8 +210,9 @@ def group_norm_statistics_kernel(
     inside = (start + rows < positions)[:, None] & live[None, :]
     value = _load(ptr, step, ptr2, step2, start, rows, first, inside, INPUTS)
     if residual is not None:
-        value = _sum_with_residual(value, addend, residual, None, n, c, channels, positions, start, rows, inside,
-                                   NHWC, VEC)
+        value = _sum_with_residual(
+            value, addend, residual, None, n, c, channels, positions, start, rows, inside, NHWC, VEC
+        )
     zero = value.to(tl.float32)  # deviations are from here
     total = tl.zeros([ROWS, COLS], tl.float32)
     square = tl.zeros([ROWS, COLS], tl.float32)
@@ -221,8 +224,21 @@ def group_norm_statistics_kernel(
                 everything = (rows >= 0)[:, None] & live[None, :]
             value = _load(ptr, step, ptr2, step2, start + u * ROWS, rows, first, everything, INPUTS)
             if residual is not None:
-                value = _sum_with_residual(value, addend, residual, summed, n, c, channels, positions,
-                                           start + u * ROWS, rows, everything, NHWC, VEC)
+                value = _sum_with_residual(
+                    value,
+                    addend,
+                    residual,
+                    summed,
+                    n,
+                    c,
+                    channels,
+                    positions,
+                    start + u * ROWS,
+                    rows,
+                    everything,
+                    NHWC,
+                    VEC,
+                )
             delta = value.to(tl.float32) - zero
             total += delta
             square += delta * delta
@@ -233,8 +249,21 @@ def group_norm_statistics_kernel(
             inside = (u * ROWS + rows < left)[:, None] & live[None, :]
             value = _load(ptr, step, ptr2, step2, start + u * ROWS, rows, first, inside, INPUTS)
             if residual is not None:
-                value = _sum_with_residual(value, addend, residual, summed, n, c, channels, positions,
-                                           start + u * ROWS, rows, inside, NHWC, VEC)
+                value = _sum_with_residual(
+                    value,
+                    addend,
+                    residual,
+                    summed,
+                    n,
+                    c,
+                    channels,
+                    positions,
+                    start + u * ROWS,
+                    rows,
+                    inside,
+                    NHWC,
+                    VEC,
+                )
             delta = tl.where(inside, value.to(tl.float32) - zero, 0.0)
             total += delta
             square += delta * delta
@@ -258,8 +287,20 @@ def group_norm_statistics_kernel(
 
 
 @triton.jit
-def _merge_parts(parts, n, group, positions, groups, cpg, chunks, COLS: tl.constexpr, PARTS: tl.constexpr,
-                 BLOCK: tl.constexpr, NG: tl.constexpr, MERGE: tl.constexpr):
+def _merge_parts(
+    parts,
+    n,
+    group,
+    positions,
+    groups,
+    cpg,
+    chunks,
+    COLS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NG: tl.constexpr,
+    MERGE: tl.constexpr,
+):
     """Mean and variance [NG] of the groups, from what `group_norm_statistics_kernel` left."""
     here = parts + n.to(tl.int64) * chunks * PARTS * 2 * groups + group
     zero = tl.load(here, mask=group < groups, other=0.0)  # deviations are from the first part's mean
@@ -323,15 +364,29 @@ def group_norm_apply_kernel(
         v, valid, start = v2, after, start + ROWS
 
 
-def _cases(shape: tuple[int, int, int, int], dtype: str = "bf16", nhwc: bool = True, channels2: int = 0,
-           silu: bool = True, present: tuple[str, ...] = ("weight", "bias")) -> list[Case]:
+def _cases(
+    shape: tuple[int, int, int, int],
+    dtype: str = "bf16",
+    nhwc: bool = True,
+    channels2: int = 0,
+    silu: bool = True,
+    present: tuple[str, ...] = ("weight", "bias"),
+) -> list[Case]:
     """The kernels of x [samples, channels, positions] in `groups`; channels2 of the channels are a second input's."""
     samples, channels, positions, groups = shape
     plan = select(samples, channels - channels2, channels2, positions, groups, 4 if dtype == "fp32" else 2, nhwc, 132)
     present = (*present, *(("x2",) if channels2 else ()), *(("summed",) if "residual" in present else ()))
-    sizes = {"positions": positions, "channels1": channels - channels2, "channels2": channels2, "groups": groups,
-             "cpg": channels // groups, "chunks": plan.chunks, "add_stride": channels if "add" in present else 0,
-             "scale_stride": 2 * channels, "shift_stride": 2 * channels}
+    sizes = {
+        "positions": positions,
+        "channels1": channels - channels2,
+        "channels2": channels2,
+        "groups": groups,
+        "cpg": channels // groups,
+        "chunks": plan.chunks,
+        "add_stride": channels if "add" in present else 0,
+        "scale_stride": 2 * channels,
+        "shift_stride": 2 * channels,
+    }
     kernels = [(group_norm_fused_kernel, plan.statistics)]
     if plan.chunks:
         kernels = [(group_norm_statistics_kernel, plan.statistics), (group_norm_apply_kernel, plan.apply)]
@@ -376,12 +431,19 @@ def _unet(levels: dict[int, tuple[int, ...]], concatenated: dict[int, tuple[tupl
 
 def compile_cases() -> list[Case]:
     """The kernels of SD 1.5 at 512 and SDXL at 1024 (batch 2), and of their VAE's decoder at 1024."""
-    cases = _unet({64: (320,), 32: (320, 640), 16: (640, 1280), 8: (1280,)},
-                  {64: ((640, 320), (960, 320)), 32: ((960, 320), (1280, 640), (1920, 640)),
-                   16: ((1920, 640), (2560, 1280)), 8: ((2560, 1280),)})
-    cases += _unet({128: (320,), 64: (320, 640), 32: (640, 1280)},
-                   {128: ((640, 320), (960, 320)), 64: ((960, 320), (1280, 640), (1920, 640)),
-                    32: ((1920, 640), (2560, 1280))})
+    cases = _unet(
+        {64: (320,), 32: (320, 640), 16: (640, 1280), 8: (1280,)},
+        {
+            64: ((640, 320), (960, 320)),
+            32: ((960, 320), (1280, 640), (1920, 640)),
+            16: ((1920, 640), (2560, 1280)),
+            8: ((2560, 1280),),
+        },
+    )
+    cases += _unet(
+        {128: (320,), 64: (320, 640), 32: (640, 1280)},
+        {128: ((640, 320), (960, 320)), 64: ((960, 320), (1280, 640), (1920, 640)), 32: ((1920, 640), (2560, 1280))},
+    )
     for width, size in ((512, 128), (512, 256), (512, 512), (256, 512), (256, 1024), (128, 1024)):
         for nhwc in (True, False):
             cases += _cases((1, width, size * size, 32), nhwc=nhwc)
@@ -391,6 +453,8 @@ def compile_cases() -> list[Case]:
         cases += _cases((2, 320, size * size, 32), present=("weight", "bias", "add", "residual"))
         for dtype in ("fp16", "fp32"):
             cases += _cases((2, 320, size * size, 32), dtype)
-    unique = {(c.kernel.__name__, str(sorted(c.signature.items())), str(sorted(c.constants.items(), key=str)),
-               c.aligned): c for c in reversed(cases)}
+    unique = {
+        (c.kernel.__name__, str(sorted(c.signature.items())), str(sorted(c.constants.items(), key=str)), c.aligned): c
+        for c in reversed(cases)
+    }
     return list(reversed(unique.values()))

@@ -158,8 +158,9 @@ def _inspect_chunk(job: tuple[str, tuple[int, ...], int]) -> list[Resources]:
     return [inspect_case(name, known[k], arch) for k in indices]
 
 
-def inspect_all(names: Iterable[str], architectures: Sequence[int], first: int | None = None,
-                processes: int | None = None) -> list[Resources]:
+def inspect_all(
+    names: Iterable[str], architectures: Sequence[int], first: int | None = None, processes: int | None = None
+) -> list[Resources]:
     """Every case of these modules (or the `first` ones of each) on every architecture, compiled in parallel."""
     jobs = []
     for name in names:
@@ -183,16 +184,21 @@ def table(rows: Iterable[Resources]) -> str:
         shown = (*map(str, numbers), f"{r.occupancy:.0%}") if not r.error else (r.error, "", "", "", "", "")
         cells.append((r.kernel, r.case, str(r.arch), str(r.warps), *shown))
     widths = [max(len(row[k]) for row in cells if len(row[k]) < 80) for k in range(len(header))]
-    aligned = ("  ".join(c.ljust(w) if k < 2 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths)))
-               for row in cells)
+    aligned = (
+        "  ".join(c.ljust(w) if k < 2 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths))) for row in cells
+    )
     return "\n".join(line.rstrip() for line in aligned)
 
 
 def to_json(rows: Sequence[Resources]) -> dict[str, Any]:
     import triton
 
-    return {"benchmark": "kernel_resources", "triton": triton.__version__, "commit": _commit(),
-            "rows": [asdict(r) for r in rows]}
+    return {
+        "benchmark": "kernel_resources",
+        "triton": triton.__version__,
+        "commit": _commit(),
+        "rows": [asdict(r) for r in rows],
+    }
 
 
 def _commit() -> str | None:

@@ -35,9 +35,7 @@ def select_heads(heads: int, head_dim: int) -> Config:
 
 
 @triton.jit(do_not_specialize=["rows"])
-def rms_norm_kernel(
-    x, weight, y, rows, x_row, eps, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):
+def rms_norm_kernel(x, weight, y, rows, x_row, eps, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     live = col < CHANNELS

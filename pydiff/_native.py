@@ -112,8 +112,12 @@ def bind(t: StageTensors, m: torch.Tensor) -> Any:
     registers = t.registers
     device = registers.device
     sizes = {
-        "rows": t.rows, "shape": list(t.sample_shape), "stages": t.coefficients.shape[0],
-        "slots": registers.shape[0] - 1, "copies": t.copies, "scalar": _DTYPES[registers.dtype],
+        "rows": t.rows,
+        "shape": list(t.sample_shape),
+        "stages": t.coefficients.shape[0],
+        "slots": registers.shape[0] - 1,
+        "copies": t.copies,
+        "scalar": _DTYPES[registers.dtype],
         "draws": 0 if t.noise is None else t.noise.shape[0],
         "draw_stride": 0 if t.noise is None else t.noise.stride(0),
         "device": device.index if device.type == "cuda" else -1,

@@ -23,11 +23,18 @@ if TYPE_CHECKING:
     from pydiff.noise_schedule import NoiseSchedule
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF",
-            ".tif": "TIFF", ".tiff": "TIFF"}
+PICTURES = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "score", "flow_prediction")
-SCHEDULES = ("vp_linear", "vp_cosine", "edm", "ve", "flow", "linear", "scaled_linear",
-             "squaredcos_cap_v2", "sigmoid")
+SCHEDULES = ("vp_linear", "vp_cosine", "edm", "ve", "flow", "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 DEFAULT_GUIDANCE = 2.0
 
 
@@ -66,8 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="pydiff", allow_abbrev=False,
-                    description="Samplers of diffusion models, compiled to tables that one operation runs.")
+    parser = Parser(
+        prog="pydiff",
+        allow_abbrev=False,
+        description="Samplers of diffusion models, compiled to tables that one operation runs.",
+    )
     parser.add_argument("--version", action="version", version=f"pydiff {__version__}")
     parser.set_defaults(run=lambda _: parser.print_help())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -94,15 +104,28 @@ def _sample_arguments(p: argparse.ArgumentParser) -> None:
     add("--steps", type=positive_integer, default=20, metavar="N", help="steps (default: 20)")
     _plan_options(p)
     add("--model", default="mnist", metavar="NAME", help="`mnist` (the default), or a .safetensors file")
-    add("--class", dest="classes", default="all", metavar="K",
+    add(
+        "--class",
+        dest="classes",
+        default="all",
+        metavar="K",
         help="a class, or several such as 3,1,4 used in turn; `all` (the default) goes through every class, "
-        "`none` samples without one")
-    add("--guidance", type=finite_number, metavar="W",
-        help=f"scale of classifier-free guidance (default: {DEFAULT_GUIDANCE:g}; 1: none, half the cost)")
+        "`none` samples without one",
+    )
+    add(
+        "--guidance",
+        type=finite_number,
+        metavar="W",
+        help=f"scale of classifier-free guidance (default: {DEFAULT_GUIDANCE:g}; 1: none, half the cost)",
+    )
     add("--batch", type=positive_integer, default=64, metavar="N", help="samples at a time (default: 64)")
     add("--device", default="cpu", metavar="NAME", help="cpu (the default), cuda, cuda:1, ...")
-    add("--dtype", choices=DTYPES, default="float32",
-        help="of the model (default: float32); what the solver works in is float32, or float64 if this is")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the model (default: float32); what the solver works in is float32, or float64 if this is",
+    )
     add("--threads", type=positive_integer, metavar="N", help="CPU threads (default: torch's own choice)")
     add("--columns", type=positive_integer, metavar="N", help="samples in a row (default: a square)")
     add("--scale", type=positive_integer, default=1, metavar="N", help="draw pixels as N x N (default: 1)")
@@ -113,11 +136,18 @@ def _plan_arguments(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
     add("solver", metavar="NAME", help="see `pydiff solvers`")
     add("--steps", type=positive_integer, default=10, metavar="N", help="steps (default: 10)")
-    add("--schedule", choices=SCHEDULES, default="vp_linear",
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        default="vp_linear",
         help="noise schedule (default: vp_linear); the last four have 1000 discrete times, scaled_linear "
-        "with the betas of Stable Diffusion")
-    add("--prediction", choices=PREDICTIONS,
-        help="what the model returns (default: epsilon, and flow_prediction where the schedule is flow)")
+        "with the betas of Stable Diffusion",
+    )
+    add(
+        "--prediction",
+        choices=PREDICTIONS,
+        help="what the model returns (default: epsilon, and flow_prediction where the schedule is flow)",
+    )
     _plan_options(p)
     add("--json", type=Path, metavar="PATH", help="save the plan, for `pydiff.Plan.load`")
 
@@ -234,8 +264,9 @@ def check_output(path: Path, flag: str) -> None:
             pass
         os.unlink(_temporary(path))
     except OSError as error:
-        raise UsageError(f"{flag} {path}: cannot write in {path.parent} ({error.strerror}); "
-                         "choose another folder or name") from None
+        raise UsageError(
+            f"{flag} {path}: cannot write in {path.parent} ({error.strerror}); choose another folder or name"
+        ) from None
 
 
 def _temporary(path: Path) -> Path:
@@ -273,8 +304,10 @@ def solvers_command(_: argparse.Namespace) -> None:
 
     header = ("name", "order", "model calls a step", "noise", "paper")
     rows = [header]
-    rows += [(s.name, str(s.order_of()), s.calls, "stochastic" if s.stochastic else "deterministic", s.paper)
-             for s in list_solvers()]
+    rows += [
+        (s.name, str(s.order_of()), s.calls, "stochastic" if s.stochastic else "deterministic", s.paper)
+        for s in list_solvers()
+    ]
     options = ["", *(", ".join(f"{k}={v}" for k, v in s.options.items()) for s in list_solvers())]
     widths = [max(len(row[k]) for row in rows) for k in range(len(header) - 1)]
     for row, extra in zip(rows, options, strict=True):
@@ -282,8 +315,10 @@ def solvers_command(_: argparse.Namespace) -> None:
         print("  ".join([*cells, row[-1]]))
         if extra:
             print(f"    --option {extra}")
-    print("\nOrder and noise are those of the default options; the order counts the first\n"
-          "steps, which may be lower. A step is one interval of the time grid.")
+    print(
+        "\nOrder and noise are those of the default options; the order counts the first\n"
+        "steps, which may be lower. A step is one interval of the time grid."
+    )
 
 
 def grids_command(_: argparse.Namespace) -> None:
@@ -307,8 +342,15 @@ def plan_command(args: argparse.Namespace) -> None:
     options, schedule = solver_options(args), make_schedule(args.schedule)
     prediction = args.prediction or ("flow_prediction" if args.schedule == "flow" else "epsilon")
     try:
-        plan = make_plan(args.solver, schedule, args.steps, grid=args.grid, prediction=prediction,
-                         grid_options=grid_options(args, schedule), **options)
+        plan = make_plan(
+            args.solver,
+            schedule,
+            args.steps,
+            grid=args.grid,
+            prediction=prediction,
+            grid_options=grid_options(args, schedule),
+            **options,
+        )
     except (ValueError, TypeError, ImportError) as error:
         raise UsageError(str(error)) from None
     print(plan)

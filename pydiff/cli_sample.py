@@ -53,8 +53,10 @@ def check_device(name: str) -> torch.device:
     if device.type == "cuda":
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= found:
-            raise UsageError(f"--device {name}: torch {torch.__version__} finds {found} CUDA devices here; "
-                             "use --device cpu, or see `pydiff info`")
+            raise UsageError(
+                f"--device {name}: torch {torch.__version__} finds {found} CUDA devices here; "
+                "use --device cpu, or see `pydiff info`"
+            )
     return device
 
 
@@ -64,8 +66,10 @@ def load(args: argparse.Namespace, device: torch.device) -> Any:
     except (ValueError, OSError) as error:
         raise UsageError(f"--model {args.model}: {error}") from None
     if len(model.sample_shape) != 3 or model.sample_shape[0] not in (1, 3):
-        raise UsageError(f"--model {args.model}: its samples have shape {list(model.sample_shape)}; "
-                         "a picture needs [1 or 3, height, width]")
+        raise UsageError(
+            f"--model {args.model}: its samples have shape {list(model.sample_shape)}; "
+            "a picture needs [1 or 3, height, width]"
+        )
     return model
 
 
@@ -74,15 +78,19 @@ def choose_labels(args: argparse.Namespace, model: Any) -> tuple[torch.Tensor, f
     text = args.classes.strip().lower()
     if text == "none":
         if args.guidance not in (None, 1.0):
-            raise UsageError(f"--guidance {args.guidance:g}: without a class there is nothing to guide to; "
-                             "leave out --guidance, or --class none")
+            raise UsageError(
+                f"--guidance {args.guidance:g}: without a class there is nothing to guide to; "
+                "leave out --guidance, or --class none"
+            )
         return torch.full((args.n,), model.null_label), 1.0
     last = model.num_classes - 1
     parts = [str(k) for k in range(last + 1)] if text == "all" else [part.strip() for part in text.split(",")]
     for part in parts:
         if not (part.isdecimal() and int(part) <= last):
-            raise UsageError(f"--class {args.classes}: {part!r} is no class of this model; give numbers from "
-                             f"0 to {last}, `all` or `none`")
+            raise UsageError(
+                f"--class {args.classes}: {part!r} is no class of this model; give numbers from "
+                f"0 to {last}, `all` or `none`"
+            )
     guidance = DEFAULT_GUIDANCE if args.guidance is None else args.guidance
     return torch.tensor([int(parts[k % len(parts)]) for k in range(args.n)]), guidance
 
@@ -92,14 +100,21 @@ def make_sampler(args: argparse.Namespace, model: Any, guidance: float, options:
     try:
         schedule = NoiseSchedule.from_dict(model.schedule_config)
         options = {"grid_options": grid_options(args, schedule), **options}
-        return Sampler(model, args.solver, args.steps, schedule=schedule, grid=args.grid, dtype=dtype,
-                       guidance_scale=guidance, **options)
+        return Sampler(
+            model,
+            args.solver,
+            args.steps,
+            schedule=schedule,
+            grid=args.grid,
+            dtype=dtype,
+            guidance_scale=guidance,
+            **options,
+        )
     except (ValueError, TypeError, ImportError) as error:
         raise UsageError(str(error)) from None
 
 
-def draw(sampler: Sampler, labels: torch.Tensor, seed: int, batch: int,
-         quiet: bool) -> tuple[torch.Tensor, int, float]:
+def draw(sampler: Sampler, labels: torch.Tensor, seed: int, batch: int, quiet: bool) -> tuple[torch.Tensor, int, float]:
     """The samples as uint8 [N, C, H, W] on the host, the model calls really made, and the seconds."""
     calls, images, count = 0, [], len(labels)
     model: Any = sampler.model
@@ -116,8 +131,12 @@ def draw(sampler: Sampler, labels: torch.Tensor, seed: int, batch: int,
             for start in range(0, count, batch):
                 rows = labels[start : start + batch]
                 seeds = [seed + start + k for k in range(len(rows))]
-                x = sampler((len(rows), *model.sample_shape), seed=seeds, cond={"labels": rows},
-                            uncond={"labels": model.null_label})
+                x = sampler(
+                    (len(rows), *model.sample_shape),
+                    seed=seeds,
+                    cond={"labels": rows},
+                    uncond={"labels": model.null_label},
+                )
                 images.append(((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
         except (NonFiniteError, MemoryError) as error:
             raise UsageError(f"sampling failed: {error}") from None
@@ -143,8 +162,9 @@ def encode(images: torch.Tensor, columns: int, scale: int, suffix: str) -> bytes
     try:
         Image.fromarray(page[:, :, 0] if channels == 1 else page).save(buffer, PICTURES[suffix])
     except (OSError, ValueError) as error:  # a format this Pillow lacks, or a picture too large for it
-        raise UsageError(f"--out: {page.shape[1]} x {page.shape[0]} pixels cannot be written as {suffix}: "
-                         f"{error}; use .png") from None
+        raise UsageError(
+            f"--out: {page.shape[1]} x {page.shape[0]} pixels cannot be written as {suffix}: {error}; use .png"
+        ) from None
     return buffer.getvalue()
 
 

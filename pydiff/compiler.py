@@ -70,13 +70,21 @@ def make_plan(
     builder = PlanBuilder(schedule, prediction, points)
     entry.build(builder, **options)
     plan = builder.build(
-        solver, clip=_check_clip(clip), known=known,
-        config={"schedule": _description(schedule), "prediction": _description(prediction), "options": options,
-                "grid": "times" if times is not None or sigmas is not None else grid or schedule.default_grid},
+        solver,
+        clip=_check_clip(clip),
+        known=known,
+        config={
+            "schedule": _description(schedule),
+            "prediction": _description(prediction),
+            "options": options,
+            "grid": "times" if times is not None or sigmas is not None else grid or schedule.default_grid,
+        },
     )
     if clip is not None and "epsilon" in plan.targets:
-        raise ValueError(f"clip bounds the estimated x0, but {solver} with these options integrates epsilon; "
-                         "use a solver for x0, such as 'ddim' or 'dpmpp_2m'")
+        raise ValueError(
+            f"clip bounds the estimated x0, but {solver} with these options integrates epsilon; "
+            "use a solver for x0, such as 'ddim' or 'dpmpp_2m'"
+        )
     if entry.exact_mean:
         check_mean(plan)
     if callable(guidance_scale):
@@ -101,8 +109,15 @@ def _check_options(entry: Solver, options: dict[str, Any]) -> None:
             raise TypeError(f"{entry.name} has no option {name!r}{hint} (its options: {accepted})")
 
 
-def _times(schedule: NoiseSchedule, steps: int | None, grid: str | None, times: Any, sigmas: Any,
-           ends: dict[str, Any], grid_options: dict[str, Any] | None) -> np.ndarray:
+def _times(
+    schedule: NoiseSchedule,
+    steps: int | None,
+    grid: str | None,
+    times: Any,
+    sigmas: Any,
+    ends: dict[str, Any],
+    grid_options: dict[str, Any] | None,
+) -> np.ndarray:
     if times is None and sigmas is None:
         if steps is None:
             raise TypeError("steps is missing: give steps=20, or times= or sigmas=")
@@ -161,5 +176,7 @@ def check_mean(plan: Plan) -> None:
     allowed = max(MEAN_TOLERANCE, 8.0 * np.finfo(np.float64).eps / smallest**2)
     defect = mean_defect(plan)
     if not defect <= allowed:
-        raise PlanError(f"{plan.solver}: the coefficients are inconsistent: data at a single point is missed by "
-                        f"{defect:.3g} (relative, {allowed:.1g} allowed)")
+        raise PlanError(
+            f"{plan.solver}: the coefficients are inconsistent: data at a single point is missed by "
+            f"{defect:.3g} (relative, {allowed:.1g} allowed)"
+        )

@@ -14,8 +14,10 @@ def check_condition(name: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a mapping of the model's keyword arguments, e.g. {name}={{'labels': y}}, "
-                        f"got {type(value).__name__}")
+        raise TypeError(
+            f"{name} must be a mapping of the model's keyword arguments, e.g. {name}={{'labels': y}}, "
+            f"got {type(value).__name__}"
+        )
     return dict(value)
 
 
@@ -37,8 +39,10 @@ def join(uncond: Any, cond: Any, rows: int, name: str = "cond") -> Any:
             return join(filled, cond, rows, name) if tensor is cond else join(uncond, filled, rows, name)
     if type(cond) is type(uncond) and cond == uncond:
         return cond
-    raise ValueError(f"{name} differs between cond and uncond and is no tensor: {cond!r:.60} and {uncond!r:.60}; "
-                     "give tensors [batch, ...]")
+    raise ValueError(
+        f"{name} differs between cond and uncond and is no tensor: {cond!r:.60} and {uncond!r:.60}; "
+        "give tensors [batch, ...]"
+    )
 
 
 def _expand(value: torch.Tensor, rows: int, name: str) -> torch.Tensor:

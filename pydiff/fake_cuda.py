@@ -179,9 +179,12 @@ def _globals(function: FunctionType) -> dict[str, Any]:
     if str(there.get("__name__")).split(".")[0] == "torch":
         return {}
     found = {name: _as_written(value) for name, value in global_values(function).items()}
-    return {name: value for name, value in found.items()
-            if not isinstance(value, (type, ModuleType))
-            and not (isinstance(value, FunctionType) and value.__globals__ is not there)}
+    return {
+        name: value
+        for name, value in found.items()
+        if not isinstance(value, (type, ModuleType))
+        and not (isinstance(value, FunctionType) and value.__globals__ is not there)
+    }
 
 
 # ---------------------------------------------------------------------------- modes

@@ -101,8 +101,9 @@ def _nonzero(x: Tensor, *, as_tuple: bool = False) -> Any:
     return found.unbind(1) if as_tuple else found
 
 
-def _new_tensor(x: Tensor, data: Any, *, dtype: torch.dtype | None = None, device: Any = None,
-                requires_grad: bool = False) -> Tensor:
+def _new_tensor(
+    x: Tensor, data: Any, *, dtype: torch.dtype | None = None, device: Any = None, requires_grad: bool = False
+) -> Tensor:
     return torch.tensor(data, dtype=dtype or x.dtype, device=device or x.device, requires_grad=requires_grad)
 
 
@@ -116,8 +117,12 @@ def _to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return Tensor.to(x, *map(indexed, args), **{name: indexed(value) for name, value in kwargs.items()})
 
 
-def _to_cuda(x: Tensor, device: Any = None, non_blocking: bool = False,
-             memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
+def _to_cuda(
+    x: Tensor,
+    device: Any = None,
+    non_blocking: bool = False,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> Tensor:
     return Tensor.to(x, CUDA, non_blocking=non_blocking, memory_format=memory_format)
 
 
@@ -136,15 +141,24 @@ def _format(x: Tensor, specification: str) -> str:
 
 
 ON_CUDA: dict[Any, Callable[..., Any]] = {
-    Tensor.__getitem__: _get_item, Tensor.__setitem__: _set_item, Tensor.contiguous: contiguous,
-    Tensor.nonzero: _nonzero, torch.nonzero: _nonzero, Tensor.new_tensor: _new_tensor,
+    Tensor.__getitem__: _get_item,
+    Tensor.__setitem__: _set_item,
+    Tensor.contiguous: contiguous,
+    Tensor.nonzero: _nonzero,
+    torch.nonzero: _nonzero,
+    Tensor.new_tensor: _new_tensor,
     Tensor.copy_: lambda x, source, non_blocking=False: aten.copy_(x, source, non_blocking),
     Tensor.__invert__: aten.bitwise_not,
-    Tensor.__int__: lambda x: int(x.item()), Tensor.__index__: lambda x: operator.index(x.item()),
-    Tensor.__float__: lambda x: float(x.item()), Tensor.__complex__: lambda x: complex(x.item()),
+    Tensor.__int__: lambda x: int(x.item()),
+    Tensor.__index__: lambda x: operator.index(x.item()),
+    Tensor.__float__: lambda x: float(x.item()),
+    Tensor.__complex__: lambda x: complex(x.item()),
 }
 ANYWHERE: dict[Any, Callable[..., Any]] = {
-    Tensor.to: _to, Tensor.cuda: _to_cuda, Tensor.numpy: _numpy, Tensor.pin_memory: lambda x, *_: x.clone(),
+    Tensor.to: _to,
+    Tensor.cuda: _to_cuda,
+    Tensor.numpy: _numpy,
+    Tensor.pin_memory: lambda x, *_: x.clone(),
     Tensor.__format__: _format,
 }
 

@@ -85,9 +85,7 @@ def _uniform(schedule: NoiseSchedule, n: int, t_start: float, t_end: float) -> A
 
 
 @register_grid("sgm_uniform")
-def _sgm_uniform(
-    schedule: NoiseSchedule, n: int, t_start: float, t_end: float, *, clean_follows: bool
-) -> Array:
+def _sgm_uniform(schedule: NoiseSchedule, n: int, t_start: float, t_end: float, *, clean_follows: bool) -> Array:
     """`uniform`, except that a clean time that follows takes the place of t_end (sgm_uniform of ComfyUI)."""
     nodes = _uniform(schedule, n + 1 if clean_follows else n, t_start, t_end)
     return nodes[:-1] if clean_follows else nodes
@@ -171,9 +169,7 @@ def _beta(
     try:
         from scipy.special import betaincinv  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
-        raise ImportError(
-            "grid 'beta' needs scipy: pip install 'pydiff[scipy]', or use another grid"
-        ) from error
+        raise ImportError("grid 'beta' needs scipy: pip install 'pydiff[scipy]', or use another grid") from error
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not (math.isfinite(value) and value > 0.0):
             raise ValueError(f"grid 'beta': {name} = {value!r} is not accepted; give a finite number > 0")
@@ -188,13 +184,7 @@ def _beta(
 
 @register_grid("linspace", index_only=True)
 def _linspace(
-    schedule: NoiseSchedule,
-    n: int,
-    t_start: float,
-    t_end: float,
-    *,
-    drop_last: bool = False,
-    integers: bool = True,
+    schedule: NoiseSchedule, n: int, t_start: float, t_end: float, *, drop_last: bool = False, integers: bool = True
 ) -> Array:
     """Evenly from t_start to t_end, both included.
 
@@ -211,13 +201,7 @@ def _linspace(
 
 @register_grid("leading", index_only=True)
 def _leading(
-    schedule: NoiseSchedule,
-    n: int,
-    t_start: float,
-    t_end: float,
-    *,
-    drop_last: bool = False,
-    steps_offset: int = 0,
+    schedule: NoiseSchedule, n: int, t_start: float, t_end: float, *, drop_last: bool = False, steps_offset: int = 0
 ) -> Array:
     """Multiples of floor(N/n) plus `steps_offset`; starts well below N - 1. drop_last: as for linspace."""
     count = n + 1 if drop_last else n
@@ -268,15 +252,11 @@ def _ratio_ends(schedule: NoiseSchedule, t_start: float, t_end: float, grid: str
             "give a smaller t_start, on='time' where the grid takes it, or a grid in time ('uniform')"
         )
     if math.isinf(last):
-        raise ValueError(
-            f"grid {grid!r}: sigma is 0 at t_end = {t_end:g} of {schedule!r}; give a larger t_end"
-        )
+        raise ValueError(f"grid {grid!r}: sigma is 0 at t_end = {t_end:g} of {schedule!r}; give a larger t_end")
     return math.exp(-first), math.exp(-last)
 
 
-def _axis_ends(
-    schedule: NoiseSchedule, t_start: float, t_end: float, on: str, grid: str
-) -> tuple[float, float]:
+def _axis_ends(schedule: NoiseSchedule, t_start: float, t_end: float, on: str, grid: str) -> tuple[float, float]:
     if on == "time":
         return t_start, t_end
     if on == "ratio":

@@ -28,8 +28,13 @@ Line = tuple[str, str]
 
 def report() -> str:
     """The whole report, as text of several lines."""
-    sections = {"versions": versions(), "processor": processor(), "compiled code": compiled_code(),
-                "CUDA": cuda_devices(), "operations": operations()}
+    sections = {
+        "versions": versions(),
+        "processor": processor(),
+        "compiled code": compiled_code(),
+        "CUDA": cuda_devices(),
+        "operations": operations(),
+    }
     text = []
     for title, section in sections.items():
         lines = list(section)

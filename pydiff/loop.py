@@ -106,20 +106,41 @@ def run_plan(
     if generator is not None:
         noise = from_generator(generator, x.to(dtype))
     guided = any(p.guided for p in plans)
-    state = init(plan, x, seed=seed, noise=noise, copies=2 if guided else 1, dtype=dtype, model_dtype=model_dtype,
-                 mask=mask, known=known, constant=constant, extra=extra)
+    state = init(
+        plan,
+        x,
+        seed=seed,
+        noise=noise,
+        copies=2 if guided else 1,
+        dtype=dtype,
+        model_dtype=model_dtype,
+        mask=mask,
+        known=known,
+        constant=constant,
+        extra=extra,
+    )
     arguments = model_arguments(cond, uncond, guided, x.shape[0])
     stops = callback_stages(callback, callback_steps, state.total)
     trajectory = [state.x.clone()] if return_trajectory else None
     with torch.no_grad():
-        run(state, model, arguments, callback=callback, stops=stops, progress=progress, trajectory=trajectory,
-            check_finite=check_finite, hoist=hoist)
+        run(
+            state,
+            model,
+            arguments,
+            callback=callback,
+            stops=stops,
+            progress=progress,
+            trajectory=trajectory,
+            check_finite=check_finite,
+            hoist=hoist,
+        )
     result = state.x.clone()  # not a view, which would keep the history in memory
     return (result, torch.stack(trajectory)) if trajectory is not None else result
 
 
-def model_arguments(cond: Mapping[str, Any] | None, uncond: Mapping[str, Any] | None, guided: bool,
-                    rows: int) -> dict[str, Any]:
+def model_arguments(
+    cond: Mapping[str, Any] | None, uncond: Mapping[str, Any] | None, guided: bool, rows: int
+) -> dict[str, Any]:
     """The model's keyword arguments for a whole run, [uncond; cond] where the plan is guided."""
     conditional = check_condition("cond", cond)
     if not guided:
@@ -138,14 +159,24 @@ def callback_stages(callback: Callback | None, callback_steps: int | Collection[
     elif isinstance(callback_steps, Collection) and all(isinstance(k, int) and k >= 0 for k in callback_steps):
         chosen = {k for k in callback_steps if k < total}
     else:
-        raise ValueError(f"callback_steps must be a number of stages of at least 1, or stage numbers from 0, "
-                         f"got {callback_steps!r}")
+        raise ValueError(
+            f"callback_steps must be a number of stages of at least 1, or stage numbers from 0, got {callback_steps!r}"
+        )
     return frozenset(chosen) if callback is not None else frozenset()
 
 
-def run(state: State, model: Model, arguments: Mapping[str, Any], *, callback: Callback | None = None,
-        stops: Collection[int] = (), progress: bool = False, trajectory: list[torch.Tensor] | None = None,
-        check_finite: bool = True, hoist: bool = True) -> None:
+def run(
+    state: State,
+    model: Model,
+    arguments: Mapping[str, Any],
+    *,
+    callback: Callback | None = None,
+    stops: Collection[int] = (),
+    progress: bool = False,
+    trajectory: list[torch.Tensor] | None = None,
+    check_finite: bool = True,
+    hoist: bool = True,
+) -> None:
     """Advance `state` to the end of its plans (or until the callback says stop)."""
     plan = max(state.plans, key=len)
     t = state.tensors
@@ -157,8 +188,10 @@ def run(state: State, model: Model, arguments: Mapping[str, Any], *, callback: C
             x_in, version = state.model_input, _version(state)
             m = call(x_in)
             if _version(state) != version:
-                raise RuntimeError("the model changed its input in place; return a new tensor, or call it through "
-                                   "lambda x, t: net(x.clone(), t)")
+                raise RuntimeError(
+                    "the model changed its input in place; return a new tensor, or call it through "
+                    "lambda x, t: net(x.clone(), t)"
+                )
             step(state, m)
             bar.update()
             if watched is not None and (watched >= 0).any():
@@ -171,8 +204,9 @@ def run(state: State, model: Model, arguments: Mapping[str, Any], *, callback: C
         raise_if_nonfinite(state.tensors.nonfinite, state.plans, state.row_plan)
 
 
-def caller(t: StageTensors, model: Model, arguments: Mapping[str, Any],
-           hoisted: HoistedModel | None) -> Callable[[Any], torch.Tensor]:
+def caller(
+    t: StageTensors, model: Model, arguments: Mapping[str, Any], hoisted: HoistedModel | None
+) -> Callable[[Any], torch.Tensor]:
     """The model as a function of its input alone: told where the rows stand, with what it needs besides."""
     if hoisted is not None:
         return lambda x: hoisted(x, t.cursor)

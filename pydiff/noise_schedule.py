@@ -123,9 +123,7 @@ class VPCosine(_VariancePreserving):
         return -self._rate / np.tan(self._rate * (1.0 - t))  # -tan(theta) d theta/dt
 
 
-def named_betas(
-    name: str, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
-) -> Array:
+def named_betas(name: str, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Array:
     """The beta arrays known by name, in float64, with the formulas of diffusers.
 
     linear (DDPM, 2006.11239), scaled_linear (latent diffusion, 2112.10752), squaredcos_cap_v2 (2102.09672;
@@ -133,9 +131,7 @@ def named_betas(
     """
     n = int(num_train_timesteps)
     if n < 2:
-        raise ValueError(
-            f"named_betas: num_train_timesteps = {num_train_timesteps!r} is not accepted; give n >= 2"
-        )
+        raise ValueError(f"named_betas: num_train_timesteps = {num_train_timesteps!r} is not accepted; give n >= 2")
     if name == "linear":
         return np.linspace(beta_start, beta_end, n)
     if name == "scaled_linear":

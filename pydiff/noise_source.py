@@ -38,8 +38,9 @@ class NoiseSource:
         if isinstance(noise, torch.Tensor):
             expected = (plan.num_draws, *x.shape)
             if noise.shape[1:] != x.shape or noise.shape[0] < plan.num_draws:
-                raise ValueError(f"noise must have shape {list(expected)} (draws, then the shape of x), "
-                                 f"got {list(noise.shape)}")
+                raise ValueError(
+                    f"noise must have shape {list(expected)} (draws, then the shape of x), got {list(noise.shape)}"
+                )
             self.buffer = noise.to(dtype=x.dtype, device=x.device)
             return
         if not callable(noise):
@@ -98,7 +99,9 @@ def from_generator(generator: torch.Generator | Sequence[torch.Generator], x: to
         return lambda k: torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
     rows = list(generator) if isinstance(generator, Sequence) else [generator]
     if len(rows) != x.shape[0] or not all(isinstance(g, torch.Generator) for g in rows):
-        raise ValueError(f"generator must be one torch.Generator or one for each of the {x.shape[0]} rows, "
-                         f"got {generator!r:.80}")
-    return lambda k: torch.stack([torch.randn(x.shape[1:], generator=g, device=g.device, dtype=x.dtype).to(x.device)
-                                  for g in rows])
+        raise ValueError(
+            f"generator must be one torch.Generator or one for each of the {x.shape[0]} rows, got {generator!r:.80}"
+        )
+    return lambda k: torch.stack(
+        [torch.randn(x.shape[1:], generator=g, device=g.device, dtype=x.dtype).to(x.device) for g in rows]
+    )

@@ -102,8 +102,11 @@ class Plan:
     @cached_property
     def operands(self) -> frozenset[str]:
         """Which of the caller's tensors a stage has weights for: "known", "constant", "extra"."""
-        columns = {"constant": self.weights[:, :, table.CONSTANT], "extra": self.weights[:, :, table.EXTRA],
-                   "known": self.coefficients[:, table.KNOWN]}
+        columns = {
+            "constant": self.weights[:, :, table.CONSTANT],
+            "extra": self.weights[:, :, table.EXTRA],
+            "known": self.coefficients[:, table.KNOWN],
+        }
         return frozenset(name for name, column in columns.items() if (column != 0).any())
 
     def with_guidance(self, scale: float | np.ndarray) -> Plan:
@@ -140,16 +143,25 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         arrays = {name: _json_numbers(getattr(self, name)) for name in _ARRAYS}
         scalars = {name: getattr(self, name) for name in _SCALARS}
-        return {"format": FORMAT, "version": FORMAT_VERSION, **scalars, **arrays,
-                "targets": list(self.targets), "slot_names": list(self.slot_names), "config": self.config}
+        return {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            **scalars,
+            **arrays,
+            "targets": list(self.targets),
+            "slot_names": list(self.slot_names),
+            "config": self.config,
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
         if data.get("format") != FORMAT:
             raise PlanError(f"not a plan: field 'format' is {data.get('format')!r}, expected {FORMAT!r}")
         if data.get("version") != FORMAT_VERSION:
-            raise PlanError(f"plan format version {data.get('version')!r} is not supported, expected {FORMAT_VERSION}; "
-                            "compile the plan again with this version of pydiff")
+            raise PlanError(
+                f"plan format version {data.get('version')!r} is not supported, expected {FORMAT_VERSION}; "
+                "compile the plan again with this version of pydiff"
+            )
         names = [*_SCALARS, *_ARRAYS, "targets", "slot_names", "config"]
         missing = [name for name in names if name not in data]
         if missing:
@@ -186,8 +198,13 @@ class Plan:
             raise PlanError(f"{path}: {error}") from error
 
 
-_ARRAYS = {"coefficients": np.float64, "indices": np.int32, "times": np.float64, "alpha": np.float64,
-           "sigma": np.float64}
+_ARRAYS = {
+    "coefficients": np.float64,
+    "indices": np.int32,
+    "times": np.float64,
+    "alpha": np.float64,
+    "sigma": np.float64,
+}
 _SCALARS = ("solver", "start_scale", "start_noise", "init_std")
 
 
@@ -202,8 +219,9 @@ def stage_values(name: str, value: Any, stages: int) -> np.ndarray:
     """A number, or one for each stage, as float64 [stages]; anything else is an error that names `name`."""
     array = np.asarray(value, dtype=np.float64)
     if array.ndim > 1 or (array.ndim == 1 and len(array) != stages):
-        raise ValueError(f"{name} must be a number or one for each of the {stages} model calls, "
-                         f"got shape {array.shape}")
+        raise ValueError(
+            f"{name} must be a number or one for each of the {stages} model calls, got shape {array.shape}"
+        )
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite, got {value}")
     return np.broadcast_to(array, (stages,)).astype(np.float64)
@@ -212,8 +230,12 @@ def stage_values(name: str, value: Any, stages: int) -> np.ndarray:
 def validate(plan: Plan) -> None:
     """Raise `PlanError` unless the table is well formed: shapes, finite numbers, no slot read before it is written."""
     stages = len(plan.coefficients)
-    shapes = {"coefficients": (stages, table.COEFFICIENT_COLUMNS), "indices": (stages, table.INDEX_COLUMNS),
-              "alpha": (stages + 1,), "sigma": (stages + 1,)}
+    shapes = {
+        "coefficients": (stages, table.COEFFICIENT_COLUMNS),
+        "indices": (stages, table.INDEX_COLUMNS),
+        "alpha": (stages + 1,),
+        "sigma": (stages + 1,),
+    }
     for name, shape in shapes.items():
         if getattr(plan, name).shape != shape:
             raise PlanError(f"{name} has shape {getattr(plan, name).shape}, expected {shape}")
@@ -232,8 +254,10 @@ def validate(plan: Plan) -> None:
     finite[:, table.CLIP : table.CLIP + 2] |= np.isinf(plan.coefficients[:, table.CLIP : table.CLIP + 2])
     if not finite.all():
         stage, column = np.argwhere(~finite)[0]
-        raise PlanError(f"stage {stage} has a coefficient that is not finite (column {column}: "
-                        f"{plan.coefficients[stage, column]}); the schedule is singular at one of its times")
+        raise PlanError(
+            f"stage {stage} has a coefficient that is not finite (column {column}: "
+            f"{plan.coefficients[stage, column]}); the schedule is singular at one of its times"
+        )
     if not np.isfinite([plan.start_scale, plan.start_noise, plan.init_std]).all():
         raise PlanError("start_scale, start_noise and init_std must be finite")
     _validate_slots(plan)
@@ -246,8 +270,10 @@ def _validate_slots(plan: Plan) -> None:
     clash = outside.any(1) | ((writes[:, 0] == writes[:, 1]) & (writes[:, 0] >= 0))
     if clash.any():
         i = int(np.argmax(clash))
-        raise PlanError(f"stage {i} writes slots {writes[i].tolist()}; they must differ and lie in 0 .. "
-                        f"{plan.num_slots - 1} (-1: none)")
+        raise PlanError(
+            f"stage {i} writes slots {writes[i].tolist()}; they must differ and lie in 0 .. "
+            f"{plan.num_slots - 1} (-1: none)"
+        )
     reads = (plan.weights[:, :, table.SLOT : table.SLOT + table.NUM_SLOTS] != 0).any(1)
     written = np.arange(table.NUM_SLOTS) == writes[:, :, None]
     before = np.zeros_like(reads)
@@ -283,11 +309,14 @@ def concatenate(first: Plan, second: Plan) -> Plan:
     numbers follow those of `first`. Raises `PlanError` if the noise levels do not meet.
     """
     begin = np.array([second.alpha[0], second.sigma[0]])
-    end = np.array([first.alpha[-1] * second.start_scale,
-                    np.hypot(first.sigma[-1] * second.start_scale, second.start_noise)])
+    end = np.array(
+        [first.alpha[-1] * second.start_scale, np.hypot(first.sigma[-1] * second.start_scale, second.start_noise)]
+    )
     if not np.allclose(begin, end, rtol=1e-6, atol=1e-9):
-        raise PlanError(f"the first plan ends at (alpha, sigma) = {tuple(end)}, the second begins at {tuple(begin)}; "
-                        "compile the second with t_start where the first ends")
+        raise PlanError(
+            f"the first plan ends at (alpha, sigma) = {tuple(end)}, the second begins at {tuple(begin)}; "
+            "compile the second with t_start where the first ends"
+        )
     offset = first.num_draws
     if ("known" in first.operands) != ("known" in second.operands):
         raise PlanError("one plan is compiled with known=True and the other is not: a mask would serve one only")
@@ -313,6 +342,9 @@ def concatenate(first: Plan, second: Plan) -> Plan:
         alpha=np.concatenate([first.alpha[:-1], second.alpha]),
         sigma=np.concatenate([first.sigma[:-1], second.sigma]),
         targets=first.targets + second.targets,
-        start_scale=first.start_scale, start_noise=first.start_noise, init_std=first.init_std,
-        slot_names=names, config={"concatenated": [first.config, second.config]},
+        start_scale=first.start_scale,
+        start_noise=first.start_noise,
+        init_std=first.init_std,
+        slot_names=names,
+        config={"concatenated": [first.config, second.config]},
     )

@@ -45,8 +45,13 @@ class _Stage:
     serial: int = -1  # which push this is, counted from 0
 
 
-_COLUMNS: dict[object, int] = {"x": table.X, "d": table.D, "m": table.M, "constant": table.CONSTANT,
-                               "extra": table.EXTRA}
+_COLUMNS: dict[object, int] = {
+    "x": table.X,
+    "d": table.D,
+    "m": table.M,
+    "constant": table.CONSTANT,
+    "extra": table.EXTRA,
+}
 
 
 class PlanBuilder:
@@ -119,8 +124,15 @@ class PlanBuilder:
         else:
             self._start_scale, self._start_noise = scale, weight
 
-    def build(self, solver: str, *, clip: tuple[float, float] | None = None, known: bool = False,
-              end: Point | None = None, config: dict[str, Any] | None = None) -> Plan:
+    def build(
+        self,
+        solver: str,
+        *,
+        clip: tuple[float, float] | None = None,
+        known: bool = False,
+        end: Point | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> Plan:
         """The finished plan. `known`: also what stands in a masked region after each stage, with noise of its own."""
         if not self._stages or self._stages[-1].x is None:
             raise PlanError("a plan needs at least one stage, each closed by write()")
@@ -135,11 +147,18 @@ class PlanBuilder:
             if known:
                 self._fill_known(rows[i + 1], coefficients[i], indices[i], draws)
         return Plan(
-            solver=solver, coefficients=coefficients, indices=indices, times=self.times,
-            alpha=np.array([p.alpha for p in rows]), sigma=np.array([p.sigma for p in rows]),
+            solver=solver,
+            coefficients=coefficients,
+            indices=indices,
+            times=self.times,
+            alpha=np.array([p.alpha for p in rows]),
+            sigma=np.array([p.sigma for p in rows]),
             targets=tuple(stage.target for stage in self._stages),
-            start_scale=self._start_scale, start_noise=self._start_noise,
-            init_std=float(self.schedule.init_std(self.points[0].t)), slot_names=names, config=config or {},
+            start_scale=self._start_scale,
+            start_noise=self._start_noise,
+            init_std=float(self.schedule.init_std(self.points[0].t)),
+            slot_names=names,
+            config=config or {},
         )
 
     def _slots(self) -> tuple[int, tuple[str, ...]]:

@@ -22,7 +22,7 @@ def operand_names(plan: Plan, stage: int) -> list[str]:
 
 
 def format_combination(weights: np.ndarray, names: list[str]) -> str:
-    """"0.5 x - 2 d"."""
+    """ "0.5 x - 2 d"."""
     text = ""
     for weight, name in zip(weights, names):
         if weight == 0:
@@ -56,8 +56,10 @@ def format_plan(plan: Plan) -> str:
     widths = [max(len(row[k]) for row in rows) for k in range(len(header) - 1)]
     lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[-1]]).rstrip() for row in rows]
     target = " and ".join(sorted(set(plan.targets)))
-    title = (f"{plan.solver}: {len(plan)} model calls, {len(plan.times) - 1} steps, keeps {plan.num_slots} tensors "
-             f"beside x, {plan.num_draws} noise draws; d is the estimated {target}")
+    title = (
+        f"{plan.solver}: {len(plan)} model calls, {len(plan.times) - 1} steps, keeps {plan.num_slots} tensors "
+        f"beside x, {plan.num_draws} noise draws; d is the estimated {target}"
+    )
     start = []
     if plan.start_scale != 1 or plan.start_noise != 0:
         start = [f"start: x <- {plan.start_scale:.6g} x + {plan.start_noise:.6g} z0"]

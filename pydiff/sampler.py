@@ -44,10 +44,20 @@ class Sampler:
         x = sampler((4, 3, 32, 32), cond={"labels": y}, uncond={"labels": null}, seed=[1, 2, 3, 4])
     """
 
-    def __init__(self, model: Model, solver: str = "dpmpp_2m", steps: int | None = None, *,
-                 schedule: NoiseSchedule | None = None, prediction: str | Prediction | None = None,
-                 dtype: torch.dtype = torch.float32, model_dtype: torch.dtype | None = None,
-                 graph: bool | str = False, max_graphs: int = 4, **plan_options: Any):
+    def __init__(
+        self,
+        model: Model,
+        solver: str = "dpmpp_2m",
+        steps: int | None = None,
+        *,
+        schedule: NoiseSchedule | None = None,
+        prediction: str | Prediction | None = None,
+        dtype: torch.dtype = torch.float32,
+        model_dtype: torch.dtype | None = None,
+        graph: bool | str = False,
+        max_graphs: int = 4,
+        **plan_options: Any,
+    ):
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
         self.model, self.dtype = model, dtype
@@ -79,10 +89,17 @@ class Sampler:
     def _dtype_of(self, parameter: torch.Tensor | None) -> torch.dtype:
         return self.dtype if parameter is None or not parameter.dtype.is_floating_point else parameter.dtype
 
-    def __call__(self, shape_or_x: Sequence[int] | torch.Tensor, *, x0: torch.Tensor | None = None,
-                 seed: Seed | None = None, guidance_scale: GuidanceScale | None = None,
-                 plan: Plan | Sequence[Plan] | None = None, device: torch.device | str | None = None,
-                 **run_options: Any) -> Any:
+    def __call__(
+        self,
+        shape_or_x: Sequence[int] | torch.Tensor,
+        *,
+        x0: torch.Tensor | None = None,
+        seed: Seed | None = None,
+        guidance_scale: GuidanceScale | None = None,
+        plan: Plan | Sequence[Plan] | None = None,
+        device: torch.device | str | None = None,
+        **run_options: Any,
+    ) -> Any:
         """Draw samples.
 
         Args:
@@ -157,8 +174,15 @@ class Sampler:
             self._guided[key] = (plan, guided)
         return guided
 
-    def _first(self, plans: Plan | Sequence[Plan], shape: tuple[int, ...], seeds: list[int], device: torch.device,
-               generator: Any, x0: torch.Tensor | None) -> torch.Tensor:
+    def _first(
+        self,
+        plans: Plan | Sequence[Plan],
+        shape: tuple[int, ...],
+        seeds: list[int],
+        device: torch.device,
+        generator: Any,
+        x0: torch.Tensor | None,
+    ) -> torch.Tensor:
         """x_T [B, *sample]: noise, or x0 at the level of the first time."""
         if generator is None:
             z = initial_noise(shape, row_seeds(seeds, shape[0], device), self.dtype)
@@ -187,8 +211,15 @@ def _scales(plan: Plan, guidance_scale: GuidanceScale) -> Any:
     return stage_values("guidance_scale", guidance_scale, len(plan))
 
 
-def sample(model: Model, shape: Sequence[int], *, solver: str = "dpmpp_2m", steps: int | None = None,
-           seed: Seed | None = None, **options: Any) -> Any:
+def sample(
+    model: Model,
+    shape: Sequence[int],
+    *,
+    solver: str = "dpmpp_2m",
+    steps: int | None = None,
+    seed: Seed | None = None,
+    **options: Any,
+) -> Any:
     """Draw samples of `shape` [B, *sample] from a model: a `Sampler` made and called once.
 
     options: those of `Sampler` and `make_plan` (schedule, prediction, grid, guidance_scale, ...) and those of
@@ -198,8 +229,25 @@ def sample(model: Model, shape: Sequence[int], *, solver: str = "dpmpp_2m", step
     return Sampler(model, solver, steps, **options)(shape, seed=seed, **calling)
 
 
-_CALL_OPTIONS = {"x0", "device", "plan", "noise", "generator", "cond", "uncond", "mask", "known", "constant", "extra",
-                 "callback", "callback_steps", "progress", "return_trajectory", "check_finite", "hoist"}
+_CALL_OPTIONS = {
+    "x0",
+    "device",
+    "plan",
+    "noise",
+    "generator",
+    "cond",
+    "uncond",
+    "mask",
+    "known",
+    "constant",
+    "extra",
+    "callback",
+    "callback_steps",
+    "progress",
+    "return_trajectory",
+    "check_finite",
+    "hoist",
+}
 
 
 def _model_schedule(model: Model) -> NoiseSchedule:

@@ -42,9 +42,7 @@ class NoiseSchedule(ABC):
     final_sigmas_type: str = "zero"
     default_grid: str = "logsnr"
     variance_preserving: bool = False
-    parameters: ClassVar[
-        tuple[str, ...]
-    ] = ()  # constructor arguments, each kept as an attribute of the same name
+    parameters: ClassVar[tuple[str, ...]] = ()  # constructor arguments, each kept as an attribute of the same name
     _registry: ClassVar[dict[str, type[NoiseSchedule]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -143,9 +141,7 @@ class NoiseSchedule(ABC):
         bad = ~np.isfinite(result)
         if np.any(bad):
             first = np.asarray(t, dtype=np.float64)[bad].flat[0]
-            raise ValueError(
-                f"{self!r}: {name} is infinite at t = {first:g} (alpha = 0); start below t = {first:g}"
-            )
+            raise ValueError(f"{self!r}: {name} is infinite at t = {first:g} (alpha = 0); start below t = {first:g}")
         return result
 
     def _key(self) -> Hashable:
@@ -172,7 +168,5 @@ class NoiseSchedule(ABC):
         name = arguments.pop("schedule", None)
         known = {key: cls for key, cls in NoiseSchedule._registry.items() if cls.parameters}
         if name not in known:
-            raise ValueError(
-                f"from_dict: schedule = {name!r} is unknown; known are {', '.join(sorted(known))}"
-            )
+            raise ValueError(f"from_dict: schedule = {name!r} is unknown; known are {', '.join(sorted(known))}")
         return known[name](**arguments)

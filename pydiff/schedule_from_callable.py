@@ -47,9 +47,7 @@ class FromLogSNR(NoiseSchedule):
         self.t_end = number_argument("FromLogSNR", "t_end", t_end, low=self.clean_time)
         self.t_start = self.t_max = number_argument("FromLogSNR", "t_start", t_start, low=self.t_end)
         self.variance_preserving = bool(variance_preserving)
-        self._t_low = self.clean_time + 1e-6 * (
-            self.t_end - self.clean_time
-        )  # where the inverse stops looking
+        self._t_low = self.clean_time + 1e-6 * (self.t_end - self.clean_time)  # where the inverse stops looking
         grid = np.linspace(self.t_end, self.t_start, 257)
         values = self._call(grid)
         bad = ~np.isfinite(values) | np.concatenate([[False], ~(np.diff(values) < 0.0)])

@@ -151,14 +151,10 @@ def _ending(config: Config, family: _Family, spacing: str, offset: int) -> str:
     return family.final
 
 
-def _sigma_ends(
-    config: Config, family: _Family, schedule: DiscreteBetas, spacing: str, offset: int
-) -> dict[str, Any]:
+def _sigma_ends(config: Config, family: _Family, schedule: DiscreteBetas, spacing: str, offset: int) -> dict[str, Any]:
     sigma_min, sigma_max = config.get("sigma_min"), config.get("sigma_max")
     if (sigma_min is None) != (sigma_max is None):
-        raise ValueError(
-            "from_diffusers_config: sigma_min and sigma_max must be given together or not at all"
-        )
+        raise ValueError("from_diffusers_config: sigma_min and sigma_max must be given together or not at all")
     if sigma_min is not None and sigma_max is not None:
         return {
             "t_start": schedule.t_of_log_snr(-math.log(sigma_max)),
@@ -198,9 +194,7 @@ def _from_flow(config: Config, mu: float | None, strict: bool) -> Parsed:
     schedule = RectifiedFlow(_flow_shift(config, "shift", mu))
     last = 1.0 / int(config.get("num_train_timesteps", 1000))
     if not strict and not config.get("use_dynamic_shifting"):
-        last = schedule.shift_time(
-            last
-        )  # the class shifts its sigma_min once when built and again in set_timesteps
+        last = schedule.shift_time(last)  # the class shifts its sigma_min once when built and again in set_timesteps
     options: dict[str, Any] = {"grid": _sigma_grid(config) or "uniform", "final_sigmas_type": "zero"}
     options["t_end"] = schedule.shift_time(last)
     if options["grid"] != "uniform":
@@ -211,9 +205,7 @@ def _from_flow(config: Config, mu: float | None, strict: bool) -> Parsed:
 def _from_flow_sigmas(config: Config, name: str, mu: float | None, prediction: str) -> Parsed:
     """`use_flow_sigmas` of the DPM family: it stops short of t = 1, where log-SNR is -inf."""
     if (grid := _sigma_grid(config)) is not None:
-        raise ValueError(
-            f"from_diffusers_config: use_flow_sigmas with the {grid} grid is not supported; keep one"
-        )
+        raise ValueError(f"from_diffusers_config: use_flow_sigmas with the {grid} grid is not supported; keep one")
     _one_of(config, "shift_terminal", (None,), None)
     # DEIS and SA-Solver repeat their last noisy sigma, a step of length 0; the others may be told to.
     _one_of(config, "final_sigmas_type", ("zero",), "zero")
@@ -230,9 +222,7 @@ def _flow_shift(config: Config, key: str, mu: float | None) -> float:
     if not config.get("use_dynamic_shifting"):
         return float(config.get(key, 1.0))
     if mu is None:
-        raise ValueError(
-            "from_diffusers_config: use_dynamic_shifting = True needs mu, which depends on the image size"
-        )
+        raise ValueError("from_diffusers_config: use_dynamic_shifting = True needs mu, which depends on the image size")
     kind = _one_of(config, "time_shift_type", ("exponential", "linear"), "exponential")
     return math.exp(mu) if kind == "exponential" else float(mu)
 

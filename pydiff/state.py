@@ -41,8 +41,9 @@ class State:
         steps_done: how many times `step` has run.
     """
 
-    def __init__(self, tensors: StageTensors, plans: Sequence[Plan], row_plan: Sequence[int],
-                 source: NoiseSource | None):
+    def __init__(
+        self, tensors: StageTensors, plans: Sequence[Plan], row_plan: Sequence[int], source: NoiseSource | None
+    ):
         self.tensors, self.plans, self.row_plan, self.source = tensors, tuple(plans), tuple(row_plan), source
         self.steps_done = 0
         self.total = max((len(plans[k]) for k in row_plan), default=0)
@@ -95,8 +96,9 @@ class State:
 
     def _refuse_noise_function(self, what: str) -> None:
         if self.source is not None and self.source.is_function:
-            raise ValueError(f"a state whose noise comes from a function or generator cannot be {what}; "
-                             "use seeds, or a noise tensor")
+            raise ValueError(
+                f"a state whose noise comes from a function or generator cannot be {what}; use seeds, or a noise tensor"
+            )
 
     def copy_row_from(self, other: State, source: int, row: int) -> None:
         """Move a request: row `row` of this batch continues where row `source` of `other` is.
@@ -108,9 +110,11 @@ class State:
         plan = other.plans[other.row_plan[source]]
         matches = [k for k, p in enumerate(self.plans) if p == plan]
         if not matches or self.x.shape[1:] != other.x.shape[1:]:
-            raise ValueError(f"row {source} of the other state cannot continue here: this batch holds plans "
-                             f"{[p.solver for p in self.plans]} on samples {list(self.x.shape[1:])}, the row follows "
-                             f"{plan.solver} on {list(other.x.shape[1:])}")
+            raise ValueError(
+                f"row {source} of the other state cannot continue here: this batch holds plans "
+                f"{[p.solver for p in self.plans]} on samples {list(self.x.shape[1:])}, the row follows "
+                f"{plan.solver} on {list(other.x.shape[1:])}"
+            )
         stage_there = int(other.stage[source])
         self.row_plan = tuple(matches[0] if k == row else p for k, p in enumerate(self.row_plan))
         start = int(self._starts()[row])
@@ -133,8 +137,10 @@ class State:
             if getattr(self.tensors, name) is not None or getattr(other.tensors, name) is not None:
                 raise ValueError(f"a row cannot move between batches that were given {name}=; it is not per row")
         if other.plans[other.row_plan[source]].guided and self.tensors.copies != other.tensors.copies:
-            raise ValueError(f"the plan of row {source} is guided: both states must have the same copies, "
-                             f"got {other.tensors.copies} and {self.tensors.copies}")
+            raise ValueError(
+                f"the plan of row {source} is guided: both states must have the same copies, "
+                f"got {other.tensors.copies} and {self.tensors.copies}"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on elsewhere: tensors and the plans' own descriptions. For `torch.save`."""
@@ -142,8 +148,14 @@ class State:
         t = self.tensors
         names = [n for n in StageTensors.__dataclass_fields__ if not n.startswith("_") and n != "copies"]
         kept = {n: getattr(t, n).clone() for n in names if getattr(t, n) is not None}
-        return {"tensors": kept, "copies": t.copies, "plans": [p.to_dict() for p in self.plans],
-                "row_plan": list(self.row_plan), "steps_done": self.steps_done, "total": self.total}
+        return {
+            "tensors": kept,
+            "copies": t.copies,
+            "plans": [p.to_dict() for p in self.plans],
+            "row_plan": list(self.row_plan),
+            "steps_done": self.steps_done,
+            "total": self.total,
+        }
 
     @classmethod
     def from_state_dict(cls, saved: dict[str, Any]) -> State:
@@ -260,13 +272,19 @@ def init(
         return expand_operand(name, value, x.shape, device=device, dtype=dtype)
 
     tensors = StageTensors(
-        registers, cursor, stop, seeds,
+        registers,
+        cursor,
+        stop,
+        seeds,
         _on_device(np.concatenate([p.coefficients for p in plans]), dtype, device),
-        _on_device(np.concatenate(indices), torch.int32, device), copies,
+        _on_device(np.concatenate(indices), torch.int32, device),
+        copies,
         model_input=_model_input(plans, registers[0], copies, model_dtype),
         model_time=torch.empty(copies * rows, dtype=dtype, device=device),
-        mask=operand("mask", mask), known=operand("known", known),
-        constant=operand("constant", constant), extra=operand("extra", extra),
+        mask=operand("mask", mask),
+        known=operand("known", known),
+        constant=operand("constant", constant),
+        extra=operand("extra", extra),
         noise=source.buffer if source is not None and plans[0].num_draws else None,
         nonfinite=torch.full((rows,), -1, dtype=torch.int32, device=device),
     )
@@ -297,8 +315,10 @@ def expand_operand(name: str, value: torch.Tensor, shape: Sequence[int], **to: A
     try:
         return value.to(**to).expand(shape) if to else value.expand(shape)
     except (AttributeError, RuntimeError) as error:
-        raise ValueError(f"{name} must be a tensor that broadcasts to the shape of x, {list(shape)}, "
-                         f"got {list(getattr(value, 'shape', ())) or type(value).__name__}") from error
+        raise ValueError(
+            f"{name} must be a tensor that broadcasts to the shape of x, {list(shape)}, "
+            f"got {list(getattr(value, 'shape', ())) or type(value).__name__}"
+        ) from error
 
 
 def check_x(x: Any) -> None:
@@ -313,8 +333,9 @@ def distinct_plans(plan: Plan | Sequence[Plan], rows: int) -> tuple[list[Plan], 
         return [plan], [0] * rows
     given = list(plan) if isinstance(plan, Sequence) else []
     if not given or len(given) != rows or not all(isinstance(p, Plan) for p in given):
-        raise ValueError(f"plan must be a Plan from pydiff.make_plan, or one for each of the {rows} rows of x, "
-                         f"got {plan!r:.80}")
+        raise ValueError(
+            f"plan must be a Plan from pydiff.make_plan, or one for each of the {rows} rows of x, got {plan!r:.80}"
+        )
     distinct = list(dict.fromkeys(given))
     return distinct, [distinct.index(p) for p in given]
 
@@ -323,8 +344,10 @@ def check_operands(plans: list[Plan], mask: Any, known: Any, constant: Any, extr
     if (mask is None) != (known is None):
         raise ValueError("mask and known must be given together: where the mask is 1, known stands")
     if mask is not None and not all("known" in p.operands for p in plans):
-        raise ValueError("a mask was given, but the plan holds no weights for the known region; "
-                         "compile it with make_plan(..., known=True)")
+        raise ValueError(
+            "a mask was given, but the plan holds no weights for the known region; "
+            "compile it with make_plan(..., known=True)"
+        )
     for name, value in (("constant", constant), ("extra", extra)):
         if value is None and any(name in p.operands for p in plans):
             raise ValueError(f"the plan uses the operand {name!r}: give {name}=")
@@ -338,8 +361,9 @@ def _model_input(plans: list[Plan], x: torch.Tensor, copies: int, dtype: torch.d
     return torch.empty((copies * x.shape[0], *x.shape[1:]), dtype=dtype, device=x.device)
 
 
-def _start(plans: list[Plan], row_plan: list[int], x: torch.Tensor, seeds: torch.Tensor,
-           source: NoiseSource | None) -> None:
+def _start(
+    plans: list[Plan], row_plan: list[int], x: torch.Tensor, seeds: torch.Tensor, source: NoiseSource | None
+) -> None:
     """What a plan does before its first call: x <- start_scale * x + start_noise * z, z being draw 0."""
     if all(p.start_scale == 1 and p.start_noise == 0 for p in plans):
         return

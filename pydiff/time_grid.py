@@ -85,16 +85,12 @@ def check_times(
     name = "times" if sigmas is None else "sigmas"
     values = np.array(times if sigmas is None else sigmas, dtype=np.float64)
     if values.ndim != 1 or values.size < 2:
-        raise ValueError(
-            f"{name} of shape {values.shape} is not accepted; give a vector of steps + 1 >= 2 values"
-        )
+        raise ValueError(f"{name} of shape {values.shape} is not accepted; give a vector of steps + 1 >= 2 values")
     low, high = (schedule.clean_time, schedule.t_max) if sigmas is None else (0.0, math.inf)
     bad = ~(np.isfinite(values) & (values >= low) & (values <= high))
     if bad.any():
         i = int(bad.argmax())
-        raise ValueError(
-            f"{name}[{i}] = {values[i]:g} is not accepted; give finite values in [{low:g}, {high:g}]"
-        )
+        raise ValueError(f"{name}[{i}] = {values[i]:g} is not accepted; give finite values in [{low:g}, {high:g}]")
     rising = ~(np.diff(values) < 0.0)
     if rising.any():
         i = int(rising.argmax())
@@ -123,9 +119,7 @@ def _check_ends(schedule: NoiseSchedule, start: float, end: float) -> None:
             limits = f"[{schedule.clean_time:g}, {schedule.t_max:g}]"
             raise ValueError(f"{name} = {value!r} is not accepted by {schedule!r}; give a time in {limits}")
     if start <= end:
-        raise ValueError(
-            f"t_start = {start:g} must be above t_end = {end:g}: sampling runs from noisy to clean"
-        )
+        raise ValueError(f"t_start = {start:g} must be above t_end = {end:g}: sampling runs from noisy to clean")
 
 
 def _check_options(name: str, entry: Grid, options: dict[str, Any]) -> None:

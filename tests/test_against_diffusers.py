@@ -96,8 +96,12 @@ def _ddpm() -> Iterator[Case]:
         yield Case("DDPMScheduler", config, "ddpm")
     for spacing, variance in itertools.product(("leading", "linspace", "trailing"), ("small", "large")):
         if (spacing, variance) != ("trailing", "large"):
-            yield Case("DDPMScheduler", {"timestep_spacing": spacing, "variance_type": f"fixed_{variance}"},
-                       "ddpm", {"variance": variance, "clip": 1.0})
+            yield Case(
+                "DDPMScheduler",
+                {"timestep_spacing": spacing, "variance_type": f"fixed_{variance}"},
+                "ddpm",
+                {"variance": variance, "clip": 1.0},
+            )
 
 
 def _ddim() -> Iterator[Case]:
@@ -110,13 +114,17 @@ def _ddim() -> Iterator[Case]:
         yield Case("DDIMScheduler", {"clip_sample": True}, "ddim", {**options, "clip": 1.0}, options)
     sd = {**SCALED, "clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False}  # Stable Diffusion's
     yield Case("DDIMScheduler", sd, "ddim")
-    yield Case("DDIMScheduler", {"timestep_spacing": "trailing", "clip_sample": False}, "ddim",
-               steps=(1, 2, 5, 8, 10, 20, 25))
+    yield Case(
+        "DDIMScheduler", {"timestep_spacing": "trailing", "clip_sample": False}, "ddim", steps=(1, 2, 5, 8, 10, 20, 25)
+    )
 
 
 def _euler_family() -> Iterator[Case]:
-    solvers = {"EulerDiscreteScheduler": "euler", "HeunDiscreteScheduler": "heun",
-               "EulerAncestralDiscreteScheduler": "euler_ancestral"}
+    solvers = {
+        "EulerDiscreteScheduler": "euler",
+        "HeunDiscreteScheduler": "heun",
+        "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    }
     for (peer, solver), betas, kind in itertools.product(solvers.items(), BETAS, PREDICTIONS):
         if peer.startswith("EulerA") and kind == "sample":
             continue  # not implemented there
@@ -125,11 +133,22 @@ def _euler_family() -> Iterator[Case]:
         yield Case(peer, {**SCALED, "timestep_spacing": spacing}, solver)
     for peer, grid in itertools.product(("EulerDiscreteScheduler", "HeunDiscreteScheduler"), ("karras", "exponential")):
         yield Case(peer, {**SCALED, f"use_{grid}_sigmas": True}, solvers[peer])
-    yield Case("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1,
-                                          "final_sigmas_type": "sigma_min"}, "euler")
+    yield Case(
+        "EulerDiscreteScheduler",
+        {"timestep_spacing": "leading", "steps_offset": 1, "final_sigmas_type": "sigma_min"},
+        "euler",
+    )
     for peer in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"):
-        yield Case(peer, {**SCALED, "prediction_type": "v_prediction", "timestep_spacing": "trailing",
-                          "rescale_betas_zero_snr": True}, solvers[peer])
+        yield Case(
+            peer,
+            {
+                **SCALED,
+                "prediction_type": "v_prediction",
+                "timestep_spacing": "trailing",
+                "rescale_betas_zero_snr": True,
+            },
+            solvers[peer],
+        )
 
 
 def _multistep_solver(algorithm: str, order: int, kind: str) -> tuple[str, dict[str, Any]]:
@@ -144,8 +163,13 @@ def _multistep_solver(algorithm: str, order: int, kind: str) -> tuple[str, dict[
     return f"dpmpp_{order}m", {"solver_type": kind, **({"compat": True} if order == 3 else {})}
 
 
-MULTISTEP = [(a, order, kind) for a in ("dpmsolver", "dpmsolver++", "sde-dpmsolver++") for order in (1, 2, 3)
-             for kind in ("midpoint", "heun") if order == 2 or kind == "midpoint" and not (a[0] == "s" and order == 3)]
+MULTISTEP = [
+    (a, order, kind)
+    for a in ("dpmsolver", "dpmsolver++", "sde-dpmsolver++")
+    for order in (1, 2, 3)
+    for kind in ("midpoint", "heun")
+    if order == 2 or kind == "midpoint" and not (a[0] == "s" and order == 3)
+]
 
 
 def _multistep() -> Iterator[Case]:
@@ -162,19 +186,42 @@ def _multistep() -> Iterator[Case]:
             for grid in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):
                 yield Case(peer, {**base, **SCALED, grid: True}, solver, options)
             yield Case(peer, {**base, **SCALED, "final_sigmas_type": "sigma_min"}, solver, options)
-            yield Case(peer, {**base, **SCALED, "prediction_type": "v_prediction", "timestep_spacing": "trailing",
-                              "rescale_betas_zero_snr": True}, solver, options)
+            yield Case(
+                peer,
+                {
+                    **base,
+                    **SCALED,
+                    "prediction_type": "v_prediction",
+                    "timestep_spacing": "trailing",
+                    "rescale_betas_zero_snr": True,
+                },
+                solver,
+                options,
+            )
         if order > 1:
-            yield Case(peer, {**base, "final_sigmas_type": "sigma_min", "lower_order_final": False}, solver,
-                       {**options, "lower_order_final": False})
+            yield Case(
+                peer,
+                {**base, "final_sigmas_type": "sigma_min", "lower_order_final": False},
+                solver,
+                {**options, "lower_order_final": False},
+            )
         if algorithm == "dpmsolver++":
             for shift in (1.0, 3.0):
-                yield Case(peer, {**base, "use_flow_sigmas": True, "prediction_type": "flow_prediction",
-                                  "flow_shift": shift}, solver, options)
+                yield Case(
+                    peer,
+                    {**base, "use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift},
+                    solver,
+                    options,
+                )
 
 
-SINGLESTEP = (("dpmsolver++", 2, "midpoint"), ("dpmsolver++", 2, "heun"), ("dpmsolver", 2, "midpoint"),
-              ("dpmsolver", 2, "heun"), ("dpmsolver", 3, "midpoint"))
+SINGLESTEP = (
+    ("dpmsolver++", 2, "midpoint"),
+    ("dpmsolver++", 2, "heun"),
+    ("dpmsolver", 2, "midpoint"),
+    ("dpmsolver", 2, "heun"),
+    ("dpmsolver", 3, "midpoint"),
+)
 
 
 def _singlestep() -> Iterator[Case]:
@@ -191,8 +238,13 @@ def _singlestep() -> Iterator[Case]:
         noisy = {**base, "final_sigmas_type": "sigma_min"}
         rest = tuple(n for n in STEPS if n % order)
         for betas, prediction in _pairs(shift + 1):
-            yield Case(peer, {**noisy, **betas, "prediction_type": prediction, "lower_order_final": False}, solver,
-                       options, steps=whole[order])
+            yield Case(
+                peer,
+                {**noisy, **betas, "prediction_type": prediction, "lower_order_final": False},
+                solver,
+                options,
+                steps=whole[order],
+            )
             yield Case(peer, {**noisy, **betas, "prediction_type": prediction}, solver, options, steps=rest)
 
 
@@ -207,10 +259,18 @@ def _unipc() -> Iterator[Case]:
             yield Case(peer, config, "unipc", options)
         for betas in (LINEAR, COSINE):
             yield Case(peer, {**base, **betas, "final_sigmas_type": "sigma_min"}, "unipc", options)
-        yield Case(peer, {**base, "final_sigmas_type": "sigma_min", "disable_corrector": list(range(25))}, "unipc",
-                   {**options, "corrector": False})
-        yield Case(peer, {**base, "final_sigmas_type": "sigma_min", "lower_order_final": False}, "unipc",
-                   {**options, "lower_order_final": False})
+        yield Case(
+            peer,
+            {**base, "final_sigmas_type": "sigma_min", "disable_corrector": list(range(25))},
+            "unipc",
+            {**options, "corrector": False},
+        )
+        yield Case(
+            peer,
+            {**base, "final_sigmas_type": "sigma_min", "lower_order_final": False},
+            "unipc",
+            {**options, "lower_order_final": False},
+        )
     for order in (1, 2, 3):
         base = {"solver_order": order}
         options = {"order": order, "lower_order_final": True}
@@ -218,11 +278,25 @@ def _unipc() -> Iterator[Case]:
             yield Case(peer, {**base, **SCALED, f"use_{grid}_sigmas": True}, "unipc", options)
         for spacing in ("leading", "trailing"):
             yield Case(peer, {**base, "timestep_spacing": spacing}, "unipc", options)
-        yield Case(peer, {**base, **SCALED, "prediction_type": "v_prediction", "timestep_spacing": "trailing",
-                          "rescale_betas_zero_snr": True}, "unipc", options)
+        yield Case(
+            peer,
+            {
+                **base,
+                **SCALED,
+                "prediction_type": "v_prediction",
+                "timestep_spacing": "trailing",
+                "rescale_betas_zero_snr": True,
+            },
+            "unipc",
+            options,
+        )
         for shift in (1.0, 3.0):
-            yield Case(peer, {**base, "use_flow_sigmas": True, "prediction_type": "flow_prediction",
-                              "flow_shift": shift}, "unipc", options)
+            yield Case(
+                peer,
+                {**base, "use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift},
+                "unipc",
+                options,
+            )
 
 
 def _edm_and_flow() -> Iterator[Case]:
@@ -232,8 +306,12 @@ def _edm_and_flow() -> Iterator[Case]:
         for algorithm, order, kind in MULTISTEP:
             if algorithm != "dpmsolver":
                 solver, options = _multistep_solver(algorithm, order, kind)
-                yield Case("EDMDPMSolverMultistepScheduler", {**config, "algorithm_type": algorithm,
-                           "solver_order": order, "solver_type": kind}, solver, options)
+                yield Case(
+                    "EDMDPMSolverMultistepScheduler",
+                    {**config, "algorithm_type": algorithm, "solver_order": order, "solver_type": kind},
+                    solver,
+                    options,
+                )
     for shift in (1.0, 3.0):
         yield Case("FlowMatchEulerDiscreteScheduler", {"shift": shift}, "euler")
     for grid in ("karras", "exponential", "beta"):
@@ -306,14 +384,23 @@ def test_larger_error_is_theirs(case: Case) -> None:
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
-@pytest.mark.parametrize("peer, solver, options, step", [
-    ("DDIMScheduler", "ddim", {}, {}), ("DDIMScheduler", "ddim", {"eta": 0.5}, {"eta": 0.5}),
-    ("DDPMScheduler", "ddpm", {}, {}),
-])
+@pytest.mark.parametrize(
+    "peer, solver, options, step",
+    [
+        ("DDIMScheduler", "ddim", {}, {}),
+        ("DDIMScheduler", "ddim", {"eta": 0.5}, {"eta": 0.5}),
+        ("DDPMScheduler", "ddpm", {}, {}),
+    ],
+)
 def test_zero_terminal_snr(peer: str, solver: str, options: dict, step: dict, prediction: str) -> None:
     """From alpha = 0 exactly, through our own schedule at diffusers' integer times."""
-    config = {**SCALED, "prediction_type": prediction, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True,
-              "clip_sample": False}
+    config = {
+        **SCALED,
+        "prediction_type": prediction,
+        "timestep_spacing": "trailing",
+        "rescale_betas_zero_snr": True,
+        "clip_sample": False,
+    }
     schedule = pydiff.DiscreteBetas.named("scaled_linear", 1000, 0.00085, 0.012, rescale_betas_zero_snr=True)
     for steps in (1, 2, 5, 20):
         times = np.append(1000 - 1000 // steps * np.arange(steps) - 1.0, -1.0)
@@ -326,14 +413,17 @@ def test_zero_terminal_snr(peer: str, solver: str, options: dict, step: dict, pr
         assert peers.relative(peers.run_pydiff(plan, single, **shared), single.x) <= FLOAT32
 
 
-@pytest.mark.parametrize("name, solver, options", [
-    ("DDIMScheduler", "ddim", {}),
-    ("EulerDiscreteScheduler", "euler", {}),
-    ("HeunDiscreteScheduler", "heun", {}),
-    ("DPMSolverMultistepScheduler", "dpmpp_2m", {}),
-    ("UniPCMultistepScheduler", "unipc", {"lower_order_final": True}),
-    ("EDMDPMSolverMultistepScheduler", "dpmpp_2m", {}),
-])
+@pytest.mark.parametrize(
+    "name, solver, options",
+    [
+        ("DDIMScheduler", "ddim", {}),
+        ("EulerDiscreteScheduler", "euler", {}),
+        ("HeunDiscreteScheduler", "heun", {}),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m", {}),
+        ("UniPCMultistepScheduler", "unipc", {"lower_order_final": True}),
+        ("EDMDPMSolverMultistepScheduler", "dpmpp_2m", {}),
+    ],
+)
 def test_from_a_config(name: str, solver: str, options: dict) -> None:
     """The whole way: a saved scheduler config becomes schedule, prediction and times, and then the same sample."""
     extra = {} if name.startswith("EDM") else {**SCALED, "steps_offset": 1, "timestep_spacing": "leading"}
@@ -348,12 +438,16 @@ def test_from_a_config(name: str, solver: str, options: dict) -> None:
         assert peers.relative(peers.run_pydiff(plan, run, double=double), run.x) <= bound
 
 
-@pytest.mark.parametrize("case", [
-    Case("DDPMScheduler", {"clip_sample": False}, "ddpm"),
-    Case("DDIMScheduler", {"clip_sample": False}, "ddim", {"eta": 1.0}, {"eta": 1.0}),
-    Case("EulerAncestralDiscreteScheduler", {}, "euler_ancestral"),
-    Case("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
-], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("DDPMScheduler", {"clip_sample": False}, "ddpm"),
+        Case("DDIMScheduler", {"clip_sample": False}, "ddim", {"eta": 1.0}, {"eta": 1.0}),
+        Case("EulerAncestralDiscreteScheduler", {}, "euler_ancestral"),
+        Case("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
+    ],
+    ids=lambda case: case.id,
+)
 def test_generator_draws_the_same_noise(case: Case) -> None:
     """diffusers draws from a torch.Generator by itself; so does pydiff, in the same order."""
     run = peers.run_diffusers(case.peer, case.config, 12, generator=torch.Generator().manual_seed(7), **case.step)
@@ -368,20 +462,27 @@ def _first(peer: str, **config: Any) -> Case:
     return next(c for c in CASES if c.peer == peer and config.items() <= c.config.items())
 
 
-@pytest.mark.parametrize("case, changed", [
-    (_first("DDIMScheduler", prediction_type="epsilon"), {"eta": 0.01}),
-    (_first("DDPMScheduler", prediction_type="epsilon"), {"variance": "large"}),
-    (_first("EulerAncestralDiscreteScheduler"), {"eta": 0.99}),
-    (_first("DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", solver_order=3), {"compat": False}),
-    (_first("DPMSolverMultistepScheduler", algorithm_type="dpmsolver", solver_order=3), {"compat": False}),
-    (_first("DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", solver_order=2), {"solver_type": "heun"}),
-    (_first("DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", solver_order=2), {"lower_order_final": False}),
-    (_first("DPMSolverSinglestepScheduler", solver_type="midpoint"), {"solver_type": "heun"}),
-    (_first("UniPCMultistepScheduler", solver_order=3, solver_type="bh2"), {"order": 2}),
-    (_first("UniPCMultistepScheduler", solver_order=2, solver_type="bh2"), {"variant": "bh1"}),
-    (_first("UniPCMultistepScheduler", solver_order=2, solver_type="bh2"), {"corrector": False}),
-    (_first("EDMDPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++", solver_order=2), {"eta": 0.99}),
-], ids=lambda value: value.id[:60] if isinstance(value, Case) else str(value))
+@pytest.mark.parametrize(
+    "case, changed",
+    [
+        (_first("DDIMScheduler", prediction_type="epsilon"), {"eta": 0.01}),
+        (_first("DDPMScheduler", prediction_type="epsilon"), {"variance": "large"}),
+        (_first("EulerAncestralDiscreteScheduler"), {"eta": 0.99}),
+        (_first("DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", solver_order=3), {"compat": False}),
+        (_first("DPMSolverMultistepScheduler", algorithm_type="dpmsolver", solver_order=3), {"compat": False}),
+        (_first("DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", solver_order=2), {"solver_type": "heun"}),
+        (
+            _first("DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", solver_order=2),
+            {"lower_order_final": False},
+        ),
+        (_first("DPMSolverSinglestepScheduler", solver_type="midpoint"), {"solver_type": "heun"}),
+        (_first("UniPCMultistepScheduler", solver_order=3, solver_type="bh2"), {"order": 2}),
+        (_first("UniPCMultistepScheduler", solver_order=2, solver_type="bh2"), {"variant": "bh1"}),
+        (_first("UniPCMultistepScheduler", solver_order=2, solver_type="bh2"), {"corrector": False}),
+        (_first("EDMDPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++", solver_order=2), {"eta": 0.99}),
+    ],
+    ids=lambda value: value.id[:60] if isinstance(value, Case) else str(value),
+)
 def test_a_wrong_option_is_seen(case: Case, changed: dict[str, Any]) -> None:
     """Negative controls: what differs from diffusers by one option misses both bounds by far."""
     config = {**case.config, **({"final_sigmas_type": "sigma_min"} if "lower_order_final" in changed else {})}

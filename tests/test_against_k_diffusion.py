@@ -58,8 +58,9 @@ def heun(model: Denoiser, x: torch.Tensor, sigmas: list[float], draws: Draws, **
     return x
 
 
-def euler_ancestral(model: Denoiser, x: torch.Tensor, sigmas: list[float], draws: Draws, eta: float = 1.0,
-                    s_noise: float = 1.0) -> torch.Tensor:
+def euler_ancestral(
+    model: Denoiser, x: torch.Tensor, sigmas: list[float], draws: Draws, eta: float = 1.0, s_noise: float = 1.0
+) -> torch.Tensor:
     """DDPM's posterior (2006.11239, eq. 7) in x / alpha: variance sigma_t^2 (1 - sigma_t^2 / sigma_s^2) for eta = 1."""
     for sigma, target in zip(sigmas, sigmas[1:]):
         up = min(target, eta * target * math.sqrt(1 - (target / sigma) ** 2))
@@ -88,8 +89,15 @@ def dpmpp_2m(model: Denoiser, x: torch.Tensor, sigmas: list[float], draws: Draws
     return dpmpp_2m_sde(model, x, sigmas, draws, eta=0.0)
 
 
-def dpmpp_2m_sde(model: Denoiser, x: torch.Tensor, sigmas: list[float], draws: Draws, eta: float = 1.0,
-                 s_noise: float = 1.0, solver_type: str = "midpoint") -> torch.Tensor:
+def dpmpp_2m_sde(
+    model: Denoiser,
+    x: torch.Tensor,
+    sigmas: list[float],
+    draws: Draws,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    solver_type: str = "midpoint",
+) -> torch.Tensor:
     """SDE-DPM-Solver++(2M), 2211.01095, App. B.5, with the noise scaled by eta = tau^2."""
     old, last = None, 0.0
     for sigma, target in zip(sigmas, sigmas[1:]):
@@ -111,11 +119,20 @@ def dpmpp_2m_sde(model: Denoiser, x: torch.Tensor, sigmas: list[float], draws: D
 FORMULAS = {f.__name__: f for f in (euler, heun, euler_ancestral, dpmpp_2s, dpmpp_2m, dpmpp_2m_sde)}
 CHURN = {"s_churn": 100.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}
 CASES: list[tuple[str, dict[str, Any]]] = [
-    ("euler", {}), ("euler", {"s_churn": 8.0}), ("euler", CHURN),
-    ("heun", {}), ("heun", {"s_churn": 8.0}), ("heun", CHURN),
-    ("euler_ancestral", {}), ("euler_ancestral", {"eta": 0.4, "s_noise": 1.1}), ("euler_ancestral", {"eta": 1.5}),
-    ("dpmpp_2s", {}), ("dpmpp_2m", {}),
-    ("dpmpp_2m_sde", {}), ("dpmpp_2m_sde", {"eta": 0.3, "s_noise": 0.9}), ("dpmpp_2m_sde", {"solver_type": "heun"}),
+    ("euler", {}),
+    ("euler", {"s_churn": 8.0}),
+    ("euler", CHURN),
+    ("heun", {}),
+    ("heun", {"s_churn": 8.0}),
+    ("heun", CHURN),
+    ("euler_ancestral", {}),
+    ("euler_ancestral", {"eta": 0.4, "s_noise": 1.1}),
+    ("euler_ancestral", {"eta": 1.5}),
+    ("dpmpp_2s", {}),
+    ("dpmpp_2m", {}),
+    ("dpmpp_2m_sde", {}),
+    ("dpmpp_2m_sde", {"eta": 0.3, "s_noise": 0.9}),
+    ("dpmpp_2m_sde", {"solver_type": "heun"}),
 ]
 MULTISTEP = ("dpmpp_2m", "dpmpp_2m_sde")  # k-diffusion lowers their order into sigma = 0 only
 GRIDS = {
@@ -138,8 +155,16 @@ def churn_draws(options: dict[str, Any], sigmas: list[float], noise: torch.Tenso
     return noise[[i for i, s in enumerate(sigmas[:-1]) if low <= s <= high and options.get("s_churn")]]
 
 
-def run_plan(name: str, options: dict[str, Any], x: torch.Tensor, noise: torch.Tensor, model: peers.Model,
-             sigmas: list[float], schedule: pydiff.NoiseSchedule, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+def run_plan(
+    name: str,
+    options: dict[str, Any],
+    x: torch.Tensor,
+    noise: torch.Tensor,
+    model: peers.Model,
+    sigmas: list[float],
+    schedule: pydiff.NoiseSchedule,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
     if name in MULTISTEP:
         options = {"lower_order_final": False, **options}
     plan = pydiff.make_plan(name, schedule, sigmas=sigmas, prediction="sample", **options)
@@ -169,8 +194,9 @@ def test_published_formulas(name: str, options: dict[str, Any], grid: str) -> No
             assert peers.relative(actual, expected) <= 1e-11, (schedule, model)
 
 
-def run_k_diffusion(name: str, options: dict[str, Any], x: torch.Tensor, noise: torch.Tensor, model: peers.Model,
-                    sigmas: list[float]) -> torch.Tensor:
+def run_k_diffusion(
+    name: str, options: dict[str, Any], x: torch.Tensor, noise: torch.Tensor, model: peers.Model, sigmas: list[float]
+) -> torch.Tensor:
     assert K_DIFFUSION is not None
     options, draws = dict(options), iter(noise.to(x.dtype))
     if name == "dpmpp_2s":
@@ -179,8 +205,13 @@ def run_k_diffusion(name: str, options: dict[str, Any], x: torch.Tensor, noise: 
         options["noise_sampler"] = lambda sigma, sigma_next: next(draws)
     sampler = getattr(K_DIFFUSION, f"sample_{name}")
     with mock.patch.object(K_DIFFUSION.torch, "randn_like", lambda x: next(draws)):
-        return sampler(lambda x, sigma: model("sample", x, 1.0, float(sigma[0])), x,
-                       torch.tensor(sigmas, dtype=x.dtype), disable=True, **options)
+        return sampler(
+            lambda x, sigma: model("sample", x, 1.0, float(sigma[0])),
+            x,
+            torch.tensor(sigmas, dtype=x.dtype),
+            disable=True,
+            **options,
+        )
 
 
 @pytest.mark.skipif(K_DIFFUSION is None, reason="k-diffusion is not installed (pip install --no-deps k-diffusion)")
@@ -201,14 +232,18 @@ def test_k_diffusion_itself(name: str, options: dict[str, Any], grid: str) -> No
             assert peers.relative(actual, expected) <= bound, (dtype, model)
 
 
-@pytest.mark.parametrize("name, options, wrong", [
-    ("euler", {"s_churn": 2.0}, {"s_churn": 2.01}),
-    ("heun", {"s_churn": 8.0}, {"s_churn": 8.0, "s_noise": 1.003}),
-    ("heun", {}, {"s_churn": 0.01}),
-    ("euler_ancestral", {}, {"eta": 0.999}),
-    ("dpmpp_2m_sde", {"eta": 0.3}, {"eta": 0.301}),
-    ("dpmpp_2m_sde", {}, {"solver_type": "heun"}),
-], ids=str)
+@pytest.mark.parametrize(
+    "name, options, wrong",
+    [
+        ("euler", {"s_churn": 2.0}, {"s_churn": 2.01}),
+        ("heun", {"s_churn": 8.0}, {"s_churn": 8.0, "s_noise": 1.003}),
+        ("heun", {}, {"s_churn": 0.01}),
+        ("euler_ancestral", {}, {"eta": 0.999}),
+        ("dpmpp_2m_sde", {"eta": 0.3}, {"eta": 0.301}),
+        ("dpmpp_2m_sde", {}, {"solver_type": "heun"}),
+    ],
+    ids=str,
+)
 def test_a_wrong_option_is_seen(name: str, options: dict[str, Any], wrong: dict[str, Any]) -> None:
     x, noise, denoiser, sigmas = problem(name, "noisy end", peers.unruly)
     expected = FORMULAS[name](denoiser, x, sigmas, iter(noise), **options)

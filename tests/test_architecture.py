@@ -105,18 +105,13 @@ def test_imports_run_one_way(name) -> None:
     here = layer(name)
     assert here is not None, f"pydiff.{name} has no layer yet: give it one in {Path(__file__).name}"
     for target in inside(imports(parse(name))):
-        assert layer(target) is not None and layer(target) <= here, (
-            f"pydiff.{name} imports pydiff.{target} above it"
-        )
+        assert layer(target) is not None and layer(target) <= here, f"pydiff.{name} imports pydiff.{target} above it"
 
 
 def test_a_wrong_import_would_be_seen() -> None:
     assert layer("plan") < layer("sampler") and layer("solvers.euler") < layer("ops.stage")
     wrong = ast.parse("def f():\n    from pydiff.ops import stage\n    import pydiff.sampler\n")
-    assert (
-        inside(imports(wrong)) == {"ops", "ops.stage", "sampler"}
-        and inside(imports(wrong, at_top=True)) == set()
-    )
+    assert inside(imports(wrong)) == {"ops", "ops.stage", "sampler"} and inside(imports(wrong, at_top=True)) == set()
 
 
 @pytest.mark.parametrize("name", [n for n in MODULES if n in TORCH_FREE or n.split(".")[0] in TORCH_FREE])
@@ -135,9 +130,7 @@ def test_loading_makes_no_circle() -> None:
         assert name not in path, f"circular import: {' -> '.join((*path, name))}"
         if name not in done:
             for target in edges[name]:
-                if not name.startswith(target + ".") and not target.startswith(
-                    name + "."
-                ):  # a package and its modules
+                if not name.startswith(target + ".") and not target.startswith(name + "."):  # a package and its modules
                     visit(target, (*path, name))
             done.add(name)
 
@@ -166,9 +159,7 @@ except ImportError as error:
 
 
 def test_plans_compile_where_torch_is_not() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     count, torch_there = done.stdout.splitlines()[0].split()
     assert int(count) >= 14 and torch_there == "False"
@@ -193,9 +184,7 @@ def test_every_public_name_is_there() -> None:
 def test_kernels_and_csrc_know_nothing_of_the_package() -> None:
     for path in (ROOT / "kernels").rglob("*.py"):
         names = imports(ast.parse(path.read_text(encoding="utf-8")))
-        assert not {n for n in names if n.split(".")[0] == "pydiff" and not n.startswith("pydiff.kernels")}, (
-            path
-        )
+        assert not {n for n in names if n.split(".")[0] == "pydiff" and not n.startswith("pydiff.kernels")}, path
     for path in (ROOT / "csrc").rglob("*.*"):
         if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -208,10 +197,7 @@ def test_no_file_is_too_long() -> None:
     folders = [
         p
         for p in ROOT.iterdir()
-        if p.is_dir()
-        and p.name not in ("build", "dist")
-        and p.name[0] != "."
-        and not (p / "pyvenv.cfg").exists()
+        if p.is_dir() and p.name not in ("build", "dist") and p.name[0] != "." and not (p / "pyvenv.cfg").exists()
     ]
     files = [*ROOT.glob("*.py"), *(file for folder in folders for file in folder.rglob("*.py"))]
     assert len(files) > 30

@@ -70,72 +70,28 @@ COMPILING = {
         ValueError,
         ("steps = 51", "50 training timesteps", "fewer"),
     ),
-    "index grid": (
-        make(steps=5, grid="trailing"),
-        ValueError,
-        ("'trailing'", "DiscreteBetas", "use 'uniform'"),
-    ),
+    "index grid": (make(steps=5, grid="trailing"), ValueError, ("'trailing'", "DiscreteBetas", "use 'uniform'")),
     "unknown option": (make(steps=5, etaa=1.0), TypeError, ("ddim", "'etaa'", "did you mean 'eta'")),
-    "no options": (
-        make("dpm_solver_1", steps=5, order=2),
-        TypeError,
-        ("dpm_solver_1", "'order'", "its options: none"),
-    ),
+    "no options": (make("dpm_solver_1", steps=5, order=2), TypeError, ("dpm_solver_1", "'order'", "its options: none")),
     "option out of range": (make(steps=5, eta=2.0), ValueError, ("eta", "2.0", "[0, 1]")),
-    "option unknown value": (
-        make("unipc", steps=5, variant="bh3"),
-        ValueError,
-        ("variant", "'bh3'", "'bh1' or 'bh2'"),
-    ),
+    "option unknown value": (make("unipc", steps=5, variant="bh3"), ValueError, ("variant", "'bh3'", "'bh1' or 'bh2'")),
     "order": (make("unipc", steps=5, order=4), ValueError, ("order", "4", "1, 2 or 3")),
-    "increasing times": (
-        make(times=[0.1, 0.5, 1.0]),
-        ValueError,
-        ("times[0]", "times[1]", "strictly decreasing"),
-    ),
-    "equal times": (
-        make(times=[1.0, 0.5, 0.5]),
-        ValueError,
-        ("times[1] = ", "times[2] = ", "do not decrease"),
-    ),
+    "increasing times": (make(times=[0.1, 0.5, 1.0]), ValueError, ("times[0]", "times[1]", "strictly decreasing")),
+    "equal times": (make(times=[1.0, 0.5, 0.5]), ValueError, ("times[1] = ", "times[2] = ", "do not decrease")),
     "nan time": (make(times=[1.0, math.nan, 0.1]), ValueError, ("times[1] = nan", "finite")),
     "time out of range": (make(times=[1.5, 0.5]), ValueError, ("times[0] = 1.5", "[0, 1]")),
     "one time": (make(times=[1.0]), ValueError, ("times", "(1,)", "steps + 1")),
     "times of rank 2": (make(times=np.ones((2, 2))), ValueError, ("times", "(2, 2)", "vector")),
-    "infinite sigma": (
-        make(schedule=pydiff.EDM(), sigmas=[math.inf, 1.0]),
-        ValueError,
-        ("sigmas[0] = inf", "finite"),
-    ),
-    "negative sigma": (
-        make(schedule=pydiff.EDM(), sigmas=[1.0, -1.0]),
-        ValueError,
-        ("sigmas[1] = -1", "[0, inf]"),
-    ),
-    "times and sigmas": (
-        make(times=[1.0, 0.5], sigmas=[1.0, 0.5]),
-        ValueError,
-        ("exactly one of times and sigmas",),
-    ),
+    "infinite sigma": (make(schedule=pydiff.EDM(), sigmas=[math.inf, 1.0]), ValueError, ("sigmas[0] = inf", "finite")),
+    "negative sigma": (make(schedule=pydiff.EDM(), sigmas=[1.0, -1.0]), ValueError, ("sigmas[1] = -1", "[0, inf]")),
+    "times and sigmas": (make(times=[1.0, 0.5], sigmas=[1.0, 0.5]), ValueError, ("exactly one of times and sigmas",)),
     "times and steps": (make(steps=7, times=[1.0, 0.5]), TypeError, ("steps", "explicit times")),
     "times and grid": (make(grid="karras", times=[1.0, 0.5]), TypeError, ("grid", "explicit times")),
-    "sigmas and start": (
-        make(t_start=0.9, sigmas=[1.0, 0.5]),
-        TypeError,
-        ("t_start", "explicit times or sigmas"),
-    ),
+    "sigmas and start": (make(t_start=0.9, sigmas=[1.0, 0.5]), TypeError, ("t_start", "explicit times or sigmas")),
     "start below end": (make(steps=3, t_start=0.1, t_end=0.5), ValueError, ("t_start = 0.1", "t_end = 0.5")),
     "start outside": (make(steps=3, t_start=2.0), ValueError, ("t_start = 2.0", "[0, 1]")),
-    "ending": (
-        make(steps=3, final_sigmas_type="none"),
-        ValueError,
-        ("final_sigmas_type", "'none'", "'zero'"),
-    ),
-    "guidance length": (
-        make(steps=3, guidance_scale=[1, 2]),
-        ValueError,
-        ("guidance_scale", "3 model calls", "(2,)"),
-    ),
+    "ending": (make(steps=3, final_sigmas_type="none"), ValueError, ("final_sigmas_type", "'none'", "'zero'")),
+    "guidance length": (make(steps=3, guidance_scale=[1, 2]), ValueError, ("guidance_scale", "3 model calls", "(2,)")),
     "guidance nan": (make(steps=3, guidance_scale=math.nan), ValueError, ("guidance_scale", "finite", "nan")),
     "clip order": (make(steps=3, clip=(1, -1)), ValueError, ("clip", "(1, -1)", "low < high")),
     "clip zero": (make(steps=3, clip=0.0), ValueError, ("clip", "0.0", "positive")),
@@ -154,16 +110,8 @@ RUNNING = {
     "plan name": (run(plan="ddim"), ValueError, ("plan", "pydiff.make_plan", "ddim")),
     "plan number": (run(plan=5), ValueError, ("plan", "pydiff.make_plan", "5")),
     "plans": (run(plan=[PLAN]), ValueError, ("plan", "one for each of the 2 rows")),
-    "dtype": (
-        run(dtype=torch.float16),
-        ValueError,
-        ("dtype", "torch.float32 or torch.float64", "torch.float16"),
-    ),
-    "model dtype": (
-        run(model_dtype=torch.int32),
-        ValueError,
-        ("model_dtype", "torch.bfloat16", "torch.int32"),
-    ),
+    "dtype": (run(dtype=torch.float16), ValueError, ("dtype", "torch.float32 or torch.float64", "torch.float16")),
+    "model dtype": (run(model_dtype=torch.int32), ValueError, ("model_dtype", "torch.bfloat16", "torch.int32")),
     "copies": (lambda: pydiff.init(PLAN, X, copies=3), ValueError, ("copies", "1 or 2", "3")),
     "too few seeds": (run(seed=[1]), ValueError, ("seed", "each of the 2 rows", "got 1")),
     "too many seeds": (draw(seed=[1, 2, 3]), ValueError, ("seed", "each of the 2 rows", "got 3")),
@@ -177,31 +125,15 @@ RUNNING = {
         ("at most one of seed, noise and generator",),
     ),
     "seed and generator": (draw(seed=1, generator=torch.Generator()), TypeError, ("seed or generator",)),
-    "generators": (
-        run(RANDOM, generator=[torch.Generator()]),
-        ValueError,
-        ("generator", "each of the 2 rows"),
-    ),
+    "generators": (run(RANDOM, generator=[torch.Generator()]), ValueError, ("generator", "each of the 2 rows")),
     "no generator": (run(RANDOM, generator=7), ValueError, ("generator", "torch.Generator", "7")),
     "noise shape": (run(RANDOM, noise=torch.ones(3, 2, 4)), ValueError, ("noise", "[3, 2, 3]", "[3, 2, 4]")),
-    "too little noise": (
-        run(RANDOM, noise=torch.ones(1, 2, 3)),
-        ValueError,
-        ("noise", "[3, 2, 3]", "[1, 2, 3]"),
-    ),
+    "too little noise": (run(RANDOM, noise=torch.ones(1, 2, 3)), ValueError, ("noise", "[3, 2, 3]", "[1, 2, 3]")),
     "noise type": (run(RANDOM, noise=3), TypeError, ("noise", "tensor or a function", "int")),
-    "noise for two plans": (
-        run([PLAN, RANDOM], noise=torch.ones(2, 2, 3)),
-        ValueError,
-        ("noise=", "use seeds"),
-    ),
+    "noise for two plans": (run([PLAN, RANDOM], noise=torch.ones(2, 2, 3)), ValueError, ("noise=", "use seeds")),
     "no uncond": (run(GUIDED, cond={"y": X}), TypeError, ("guidance_scale", "give uncond=")),
     "cond type": (run(cond=X), TypeError, ("cond", "mapping", "Tensor")),
-    "cond names": (
-        run(GUIDED, cond={"y": X}, uncond={"z": X}),
-        ValueError,
-        ("cond and uncond", "same names", "y, z"),
-    ),
+    "cond names": (run(GUIDED, cond={"y": X}, uncond={"z": X}), ValueError, ("cond and uncond", "same names", "y, z")),
     "cond rows": (
         run(GUIDED, cond={"y": X}, uncond={"y": torch.ones(5)}),
         ValueError,
@@ -209,11 +141,7 @@ RUNNING = {
     ),
     "mask alone": (run(KNOWN, mask=X), ValueError, ("mask and known", "together")),
     "mask uncompiled": (run(mask=X, known=X), ValueError, ("mask", "known=True")),
-    "mask shape": (
-        run(KNOWN, mask=torch.ones(4), known=X),
-        ValueError,
-        ("mask", "broadcasts to", "[2, 3]", "[4]"),
-    ),
+    "mask shape": (run(KNOWN, mask=torch.ones(4), known=X), ValueError, ("mask", "broadcasts to", "[2, 3]", "[4]")),
     "known type": (run(KNOWN, mask=X, known=1.0), ValueError, ("known", "tensor", "float")),
     "model": (draw(model="unet"), TypeError, ("model", "callable", "str")),
     "shape of text": (draw(("2", 3)), ValueError, ("shape", "('2', 3)")),
@@ -228,11 +156,7 @@ RUNNING = {
 }
 
 RETURNING = {
-    "other shape": (
-        returning(lambda x: x[:, :2]),
-        ValueError,
-        ("model returned shape [2, 2]", "expected [2, 3]"),
-    ),
+    "other shape": (returning(lambda x: x[:, :2]), ValueError, ("model returned shape [2, 2]", "expected [2, 3]")),
     "no batch": (returning(lambda x: x[0]), ValueError, ("model returned shape [3]", "expected [2, 3]")),
     "a tuple": (returning(lambda x: (x,)), TypeError, ("model returned tuple", "wrap it", ".sample")),
     "none": (returning(None), TypeError, ("model returned NoneType", "expected a tensor")),
@@ -263,9 +187,7 @@ def test_compiling(name) -> None:
 def test_running(name) -> None:
     CALLS.clear()
     check(RUNNING[name])
-    assert not CALLS and torch.equal(
-        X, torch.ones(2, 3)
-    )  # refused before any work, and the input is as it was
+    assert not CALLS and torch.equal(X, torch.ones(2, 3))  # refused before any work, and the input is as it was
 
 
 @pytest.mark.parametrize("name", RETURNING)

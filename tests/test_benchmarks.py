@@ -132,8 +132,13 @@ def test_a_target_holds_for_medians_and_minima_or_not_at_all():
 
 
 def test_numbers_are_short_and_missing_ones_are_named():
-    assert [harness.number(v) for v in (0.01234, 1.5, 12.345, 1234.5, None)] == \
-        ["0.0123", "1.5", "12.3", "1234", "not measured"]
+    assert [harness.number(v) for v in (0.01234, 1.5, 12.345, 1234.5, None)] == [
+        "0.0123",
+        "1.5",
+        "12.3",
+        "1234",
+        "not measured",
+    ]
 
 
 def test_a_result_is_written_whole_and_named_by_its_date(tmp_path, monkeypatch):
@@ -258,8 +263,9 @@ class FakeCuda(types.SimpleNamespace):
         self.stream = lambda s: contextlib.nullcontext()
         self.graph = lambda g: contextlib.nullcontext()
         self.set_sync_debug_mode = self.modes.append
-        self.CUDAGraph = lambda: types.SimpleNamespace(replay=lambda: clock.__setattr__("now", clock.now + 0.5),
-                                                       register_generator_state=captured.append)
+        self.CUDAGraph = lambda: types.SimpleNamespace(
+            replay=lambda: clock.__setattr__("now", clock.now + 0.5), register_generator_state=captured.append
+        )
 
         class Event:
             def __init__(self, enable_timing: bool):
@@ -288,8 +294,11 @@ def test_replays_are_timed_and_what_waits_for_the_device_is_not_captured(monkeyp
         if cuda.modes[-1:] == ["error"]:
             raise RuntimeError("called a synchronizing CUDA operation")
 
-    entries = {"good": clock.entry("good", [9.0], per=2, generators=[generator]), "waits": Entry("waits", waits),
-               "absent": NotMeasured("not installed")}
+    entries = {
+        "good": clock.entry("good", [9.0], per=2, generators=[generator]),
+        "waits": Entry("waits", waits),
+        "absent": NotMeasured("not installed"),
+    }
     found = graph_timing.measure_device(entries, 3)
     assert found["good"].rounds == [0.25] * 3 and cuda.captured == [generator]
     assert found["waits"].reason.endswith("cannot be captured in a CUDA graph: called a synchronizing CUDA operation")
@@ -297,8 +306,10 @@ def test_replays_are_timed_and_what_waits_for_the_device_is_not_captured(monkeyp
     assert cuda.modes == ["error", "default"] * 2
 
 
-@pytest.mark.parametrize("command", [["benchmarks/noise.py"], ["-m", "benchmarks.stage_update"],
-                                     ["benchmarks/kernels.py"], ["benchmarks/unet.py"]])
+@pytest.mark.parametrize(
+    "command",
+    [["benchmarks/noise.py"], ["-m", "benchmarks.stage_update"], ["benchmarks/kernels.py"], ["benchmarks/unet.py"]],
+)
 def test_scripts_start_as_a_file_and_as_a_module(command):
     done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--quick" in done.stdout, done.stderr
@@ -373,8 +384,16 @@ def test_the_gpu_script_goes_on_after_a_failure_and_stops_what_hangs(tmp_path):
     [summary] = (tmp_path / "out").glob("gpu-*.json")
     steps = {step["step"]: step["status"] for step in json.loads(summary.read_text())["steps"]}
     skipped = "skipped, no time left"
-    assert steps == {"build": "passed", "info": "passed", "tests": "failed", "loop": "passed", "kernels": "passed",
-                     "unet": "timed out", "stage_update": skipped, "noise": skipped}
+    assert steps == {
+        "build": "passed",
+        "info": "passed",
+        "tests": "failed",
+        "loop": "passed",
+        "kernels": "passed",
+        "unet": "timed out",
+        "stage_update": skipped,
+        "noise": skipped,
+    }
     [log] = (tmp_path / "out").glob("gpu-*.log")
     assert "1 90" in log.read_text()  # a build without CUDA is a failure there, and one architecture will do
 

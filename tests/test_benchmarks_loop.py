@@ -29,6 +29,7 @@ ON_CPU = ("diffusers", "pydiff")
 @pytest.fixture
 def quick(tmp_path):
     """main(), on small models, and the row of the first of them."""
+
     def run(*arguments: str) -> dict:
         out = tmp_path / "loop.json"
         result = loop.main(["--quick", "--rounds", "1", "--out", str(out), *arguments])
@@ -77,9 +78,11 @@ def test_guidance_and_low_precision(quick):
 
 
 def test_what_is_not_there_is_refused_with_its_name(quick):
-    for words, message in ((["--models", "huge"], "--models: 'huge' is not one of policy"),
-                           (["--ways", "magic"], "--ways: 'magic' is not one of diffusers"),
-                           (["--batch", "0"], "--batch: at least 1, got 0")):
+    for words, message in (
+        (["--models", "huge"], "--models: 'huge' is not one of policy"),
+        (["--ways", "magic"], "--ways: 'magic' is not one of diffusers"),
+        (["--batch", "0"], "--batch: at least 1, got 0"),
+    ):
         with pytest.raises(SystemExit, match=message):
             quick(*words)
 
@@ -181,9 +184,17 @@ def test_optimizing_what_pydiff_does_not_know_is_no_entry():
 def test_targets_are_judged_by_times_host_times_and_gaps():
     fast = Timing([1e-3], 1e-3, 1, host=[40e-6])
     way = loop.Prepared(lambda: torch.zeros(1), {"device": {"span_us": 1000.0, "stage_gaps_us": 9.0}})
-    row = loop.Row("policy", None, {}, ways={"pydiff loop": way},
-                   outcomes={"diffusers": Timing([6e-3], 6e-3, 1), "pydiff loop": fast,
-                             "diffusers compiled": Timing([1.2e-3], 1.2e-3, 1)})
+    row = loop.Row(
+        "policy",
+        None,
+        {},
+        ways={"pydiff loop": way},
+        outcomes={
+            "diffusers": Timing([6e-3], 6e-3, 1),
+            "pydiff loop": fast,
+            "diffusers compiled": Timing([1.2e-3], 1.2e-3, 1),
+        },
+    )
     assert [t.verdict for t in loop.targets([row])] == ["pass", "miss", "pass", "pass"] + ["not measured"] * 4
     row.outcomes["pydiff loop"] = Timing([1e-3], 1e-3, 1, host=[60e-6])
     way.found["device"]["stage_gaps_us"] = 11.0
@@ -204,8 +215,14 @@ def test_idle_time_and_what_of_it_follows_a_stage():
     stage = "void pydiff::stage_kernel<float>()"
     events = [Event("conv", 0, 40), Event(stage, 42, 50), Event("conv", 55, 90), Event(stage, 90, 100)]
     found = loop_gaps.idle_time(events[::-1])
-    assert found == {"events": 4, "span_us": 100, "gaps_us": 7, "gap_share": 0.07, "stage_gaps_us": 5,
-                     "stage_gap_share": 0.05}
+    assert found == {
+        "events": 4,
+        "span_us": 100,
+        "gaps_us": 7,
+        "gap_share": 0.07,
+        "stage_gaps_us": 5,
+        "stage_gap_share": 0.05,
+    }
     found = loop_gaps.idle_time([e for e in events if e.name == "conv"])
     assert found["gap_share"] == pytest.approx(15 / 90) and found["stage_gap_share"] is None
 
@@ -218,8 +235,16 @@ def test_the_name_of_the_stage_kernel_is_that_of_the_source():
 # ------------------------------------------------------------------------------------ the models
 
 
-@pytest.mark.parametrize("key, parameters", [("policy", 65_783_298), ("waveform", 2_308_737), ("tabular", 893_578),
-                                             ("cifar10", 35_746_307), ("sd15", 859_520_964)])
+@pytest.mark.parametrize(
+    "key, parameters",
+    [
+        ("policy", 65_783_298),
+        ("waveform", 2_308_737),
+        ("tabular", 893_578),
+        ("cifar10", 35_746_307),
+        ("sd15", 859_520_964),
+    ],
+)
 def test_models_at_their_real_size(key, parameters):
     """CIFAR-10's and SD1.5's counts are the published ones; the policy's is the published 65 M."""
     model = loop_models.MODELS[key]
@@ -266,8 +291,13 @@ def test_the_hand_made_graph_runs_on_what_it_is_given(monkeypatch):
             output.copy_(call(x, t))
 
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
-    cuda = types.SimpleNamespace(CUDAGraph=Graph, Stream=lambda: stream, current_stream=lambda: stream,
-                                 stream=contextlib.nullcontext, graph=contextlib.nullcontext)
+    cuda = types.SimpleNamespace(
+        CUDAGraph=Graph,
+        Stream=lambda: stream,
+        current_stream=lambda: stream,
+        stream=contextlib.nullcontext,
+        graph=contextlib.nullcontext,
+    )
     monkeypatch.setattr(loop_rivals.torch, "cuda", cuda)
     monkeypatch.setattr(loop_rivals, "denoiser", noted)
     sample = loop_rivals.graphed(case)()

@@ -18,14 +18,37 @@ with torch.device("meta"):  # torch lists its constructors at the first use of a
 
 def test_the_shapes_are_those_of_the_models():
     """Calls a model, per family, as counted when the shapes were recorded."""
-    counted = {name: {f: sum(e["calls"] for e in entries) for f, entries in families.items()}
-               for name, families in kernels_rows.shapes().items()}
-    assert counted["sd15_512_b2"] == {"group_norm_silu": 45, "group_norm": 16, "attention_self": 16, "geglu": 16,
-                                      "attention_cross": 16, "layer_norm": 48, "upsample": 3, "residual": 86}
-    assert counted["sdxl_1024_b2"] == {"group_norm_silu": 35, "group_norm": 11, "attention_self": 70, "geglu": 70,
-                                       "attention_cross": 70, "layer_norm": 210, "upsample": 2, "residual": 238}
-    assert counted["vae_decode_1024_b1"] == {"group_norm_silu": 29, "group_norm": 1, "attention_self": 1,
-                                             "upsample": 3, "residual": 15}
+    counted = {
+        name: {f: sum(e["calls"] for e in entries) for f, entries in families.items()}
+        for name, families in kernels_rows.shapes().items()
+    }
+    assert counted["sd15_512_b2"] == {
+        "group_norm_silu": 45,
+        "group_norm": 16,
+        "attention_self": 16,
+        "geglu": 16,
+        "attention_cross": 16,
+        "layer_norm": 48,
+        "upsample": 3,
+        "residual": 86,
+    }
+    assert counted["sdxl_1024_b2"] == {
+        "group_norm_silu": 35,
+        "group_norm": 11,
+        "attention_self": 70,
+        "geglu": 70,
+        "attention_cross": 70,
+        "layer_norm": 210,
+        "upsample": 2,
+        "residual": 238,
+    }
+    assert counted["vae_decode_1024_b1"] == {
+        "group_norm_silu": 29,
+        "group_norm": 1,
+        "attention_self": 1,
+        "upsample": 3,
+        "residual": 15,
+    }
     assert {row.family for row in kernels_rows.rows(list(counted))} == set(kernels_rows.FAMILIES)
 
 
@@ -41,8 +64,11 @@ def test_bytes_and_flops_of_a_row_are_the_least_there_can_be():
     assert kernels.limit_seconds(rows["attention_self"], 1e15, 2) == rows["attention_self"].flops / kernels.FLOPS
 
 
-@pytest.mark.parametrize("row", kernels_rows.rows(["sd15_512_b2", "vae_decode_1024_b1"], smoke=True),
-                         ids=lambda row: f"{row.workload}-{row.family}")
+@pytest.mark.parametrize(
+    "row",
+    kernels_rows.rows(["sd15_512_b2", "vae_decode_1024_b1"], smoke=True),
+    ids=lambda row: f"{row.workload}-{row.family}",
+)
 def test_what_is_compared_computes_the_same(row):
     tensors = row.make(torch.device("cpu"), torch.float32)
     wanted = row.runs["eager"](*tensors)
@@ -71,8 +97,9 @@ def test_the_kernel_benchmark_runs_and_adds_up(tmp_path, monkeypatch):
         assert row["family"] == total["family"] and total["cold_us"]["compile"] is None
         assert total["cold_us"]["eager"] == pytest.approx(row["calls"] * cold["eager"]["median_us"])
         assert cold["eager"]["share_of_limit"] == pytest.approx(row["limit_us"] / cold["eager"]["median_us"])
-    late = kernels.main(["--smoke", "--models", "sdxl_1024_b2", "--families", "geglu", "--seconds", "0",
-                         "--out", str(out)])
+    late = kernels.main(
+        ["--smoke", "--models", "sdxl_1024_b2", "--families", "geglu", "--seconds", "0", "--out", str(out)]
+    )
     assert late["rows"][0]["outcomes"]["cold"]["pydiff"]["reason"] == "no time was left for it"
 
 
@@ -86,8 +113,13 @@ def test_a_fallback_is_no_measurement_of_a_kernel():
 
 
 def test_the_best_rival_is_never_pydiff():
-    found = {"pydiff": Timing([1.0], 1.0, 1), "pydiff kernel": Timing([0.5], 0.5, 1), "eager": Timing([3.0], 3.0, 1),
-             "cuDNN": Timing([2.0], 2.0, 1), "flash": NotMeasured("why")}
+    found = {
+        "pydiff": Timing([1.0], 1.0, 1),
+        "pydiff kernel": Timing([0.5], 0.5, 1),
+        "eager": Timing([3.0], 3.0, 1),
+        "cuDNN": Timing([2.0], 2.0, 1),
+        "flash": NotMeasured("why"),
+    }
     assert kernels.best_other(found)[0] == "cuDNN"
     assert kernels.best_other({"pydiff": found["pydiff"], "flash": found["flash"]}) is None
 
@@ -138,8 +170,11 @@ def test_a_small_model_has_the_same_weights_every_time_and_a_finite_output(name)
 
 def test_published_parameter_counts():
     pytest.importorskip("diffusers")
-    for name, parameters in (("sd15_512_b2", 859_520_964), ("sdxl_1024_b2", 2_567_463_684),
-                             ("cifar10_32_b64", 35_746_307)):
+    for name, parameters in (
+        ("sd15_512_b2", 859_520_964),
+        ("sdxl_1024_b2", 2_567_463_684),
+        ("cifar10_32_b64", 35_746_307),
+    ):
         model, _ = unet_models.WORKLOADS[name].build(torch.device("meta"), torch.bfloat16)
         assert sum(p.numel() for p in model.parameters()) == parameters
 
@@ -157,11 +192,33 @@ def test_work_that_outlasts_its_time_is_broken_off():
 
 @pytest.mark.gpu
 def test_the_kernel_and_model_benchmarks_on_a_gpu(tmp_path):
-    result = kernels.main(["--device", "cuda", "--smoke", "--models", "sd15_512_b2", "--families",
-                           "group_norm_silu,attention_self", "--out", str(tmp_path / "k.json")])
+    result = kernels.main(
+        [
+            "--device",
+            "cuda",
+            "--smoke",
+            "--models",
+            "sd15_512_b2",
+            "--families",
+            "group_norm_silu,attention_self",
+            "--out",
+            str(tmp_path / "k.json"),
+        ]
+    )
     for row in result["rows"]:
         assert row["outcomes"]["cold"]["pydiff"].get("median_us", 0) > 0, row["outcomes"]["cold"]["pydiff"]
-    result = unet.main(["--device", "cuda", "--smoke", "--row", "bundled_b64", "--variants", "eager,pydiff", "--out",
-                        str(tmp_path / "u.json")])
+    result = unet.main(
+        [
+            "--device",
+            "cuda",
+            "--smoke",
+            "--row",
+            "bundled_b64",
+            "--variants",
+            "eager,pydiff",
+            "--out",
+            str(tmp_path / "u.json"),
+        ]
+    )
     for name, found in result["rows"][0]["variants"].items():
         assert found.get("kernels", 0) > 10 and found["replay"].get("median_us", 0) > 0, (name, found)

@@ -128,8 +128,9 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
-@pytest.mark.parametrize("arch", [pytest.param("80", marks=pytest.mark.slow), "90",
-                                  pytest.param("100", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "arch", [pytest.param("80", marks=pytest.mark.slow), "90", pytest.param("100", marks=pytest.mark.slow)]
+)
 def test_the_cuda_kernels_compile_without_spills(arch, tmp_path):
     known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True).stdout
     if f"compute_{arch}" not in known:

@@ -51,8 +51,15 @@ def run_python(code: str) -> subprocess.CompletedProcess:
 
 def test_torch_is_not_needed_for_what_prints_tables():
     blocked = "import sys; sys.modules['torch'] = None; from pydiff.cli import main; "
-    commands = [["--version"], ["--help"], ["solvers"], ["grids"], ["plan", "unipc", "--steps", "3"],
-                ["plan", "dimm"], ["sample", "--out", "x.nothing"]]
+    commands = [
+        ["--version"],
+        ["--help"],
+        ["solvers"],
+        ["grids"],
+        ["plan", "unipc", "--steps", "3"],
+        ["plan", "dimm"],
+        ["sample", "--out", "x.nothing"],
+    ]
     done = run_python(f"{blocked} print([main(argv) for argv in {commands}])")
     assert done.stdout.splitlines()[-1] == "[0, 0, 0, 0, 0, 2, 2]", done.stderr
     control = run_python(f"{blocked} main(['info'])")  # needs torch, and shows that it was blocked
@@ -107,10 +114,31 @@ def test_plan_prints_and_saves_the_plan(capsys, folder, schedule):
 def test_plan_takes_options_of_the_type_of_their_default(capsys):
     options = ["order=3", "corrector=false", "lower_order_final=true", "variant=bh1"]
     argv = [word for option in options for word in ("--option", option)]
-    status, out, _ = run(capsys, "plan", "unipc", "--steps", 6, *argv, "--grid", "karras",
-                         "--grid-option", "rho=5", "--prediction", "v_prediction")
-    plan = pydiff.make_plan("unipc", steps=6, order=3, corrector=False, lower_order_final=True, variant="bh1",
-                            grid="karras", grid_options={"rho": 5.0}, prediction="v_prediction")
+    status, out, _ = run(
+        capsys,
+        "plan",
+        "unipc",
+        "--steps",
+        6,
+        *argv,
+        "--grid",
+        "karras",
+        "--grid-option",
+        "rho=5",
+        "--prediction",
+        "v_prediction",
+    )
+    plan = pydiff.make_plan(
+        "unipc",
+        steps=6,
+        order=3,
+        corrector=False,
+        lower_order_final=True,
+        variant="bh1",
+        grid="karras",
+        grid_options={"rho": 5.0},
+        prediction="v_prediction",
+    )
     assert status == 0 and out == f"{plan}\n"
 
 
@@ -122,8 +150,15 @@ def test_sample_writes_the_samples_and_reports(capsys, folder, weights):
     picture = np.array(Image.open("x.png"))
     assert picture.shape == (3 * 28, 3 * 28) and picture.dtype == np.uint8
     assert (picture[56:, 28:] == 0).all()
-    x = pydiff.sample(pydiff.load_model(weights), (7, 1, 28, 28), steps=3, seed=5, guidance_scale=1.5,
-                      cond={"labels": torch.tensor([3, 1, 3, 1, 3, 1, 3])}, uncond={"labels": 10})
+    x = pydiff.sample(
+        pydiff.load_model(weights),
+        (7, 1, 28, 28),
+        steps=3,
+        seed=5,
+        guidance_scale=1.5,
+        cond={"labels": torch.tensor([3, 1, 3, 1, 3, 1, 3])},
+        uncond={"labels": 10},
+    )
     expected = ((x.clamp(-1, 1) + 1) * 127.5).round().numpy()
     cells = picture.reshape(3, 28, 3, 28).swapaxes(1, 2).reshape(9, 28, 28)[:7]
     assert np.abs(cells - expected[:, 0]).max() <= 1
@@ -151,10 +186,15 @@ def test_without_a_seed_a_new_one_is_taken_and_printed(capsys, folder, weights):
     assert len(seeds) == 2
 
 
-@pytest.mark.parametrize("text, n, labels, guidance", [
-    ("all", 12, [*range(10), 0, 1], cli.DEFAULT_GUIDANCE), ("3", 2, [3, 3], cli.DEFAULT_GUIDANCE),
-    ("4, 2", 3, [4, 2, 4], cli.DEFAULT_GUIDANCE), ("none", 2, [10, 10], 1.0),
-])
+@pytest.mark.parametrize(
+    "text, n, labels, guidance",
+    [
+        ("all", 12, [*range(10), 0, 1], cli.DEFAULT_GUIDANCE),
+        ("3", 2, [3, 3], cli.DEFAULT_GUIDANCE),
+        ("4, 2", 3, [4, 2, 4], cli.DEFAULT_GUIDANCE),
+        ("none", 2, [10, 10], 1.0),
+    ],
+)
 def test_classes(text, n, labels, guidance):
     args = cli.build_parser().parse_args(["sample", "--out", "x.png", "--class", text, "--n", str(n)])
     got, scale = cli_sample.choose_labels(args, UNet)

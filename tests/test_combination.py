@@ -48,9 +48,7 @@ def test_sum_starts_at_zero() -> None:
     assert sum([Combination({"x": 1.0}), Combination({"x": 2.0})]).terms == {"x": 3.0}
 
 
-@pytest.mark.parametrize(
-    "product", [lambda c: c * c, lambda c: c + 1.0, lambda c: 2.0 / c], ids=["c*c", "c+1", "2/c"]
-)
+@pytest.mark.parametrize("product", [lambda c: c * c, lambda c: c + 1.0, lambda c: 2.0 / c], ids=["c*c", "c+1", "2/c"])
 def test_what_is_not_linear_cannot_be_written(product) -> None:
     with pytest.raises(TypeError):
         product(Combination({"x": 1.0}))

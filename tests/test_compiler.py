@@ -148,9 +148,7 @@ def test_a_plan_is_as_long_as_the_registry_says(solver) -> None:
         for schedule, clean_end in ((pydiff.VPLinear(), False), (pydiff.EDM(), True)):
             plan = make_plan(solver, schedule, steps)
             calls = []
-            pydiff.run_plan(
-                plan, lambda x, t, calls=calls: calls.append(t) or x, torch.zeros(1, 2), check_finite=False
-            )
+            pydiff.run_plan(plan, lambda x, t, calls=calls: calls.append(t) or x, torch.zeros(1, 2), check_finite=False)
             assert len(calls) == len(plan) == documented_calls(get_solver(solver), steps, clean_end)
             assert len(plan.times) == steps + 1 and plan.stochastic == (
                 get_solver(solver).stochastic and steps > clean_end and plan.num_draws > 0
@@ -166,9 +164,7 @@ def test_grid_nodes_cost_one_call_each() -> None:
 def test_the_model_is_told_the_time_of_the_schedule(schedule) -> None:
     told = []
     plan = compile_at("dpmpp_2m", schedule, prediction="v_prediction")
-    pydiff.run_plan(
-        plan, lambda x, t: told.append(t.clone()) or 0 * x, torch.zeros(2, 3), dtype=torch.float64
-    )
+    pydiff.run_plan(plan, lambda x, t: told.append(t.clone()) or 0 * x, torch.zeros(2, 3), dtype=torch.float64)
     np.testing.assert_array_equal(torch.stack(told).numpy(), np.stack([plan.times[:-1]] * 2, 1))
     np.testing.assert_array_equal(plan.alpha, schedule.alpha(plan.times))
     np.testing.assert_array_equal(plan.sigma, schedule.sigma(plan.times))
@@ -189,11 +185,7 @@ def test_guidance_as_number_list_and_function() -> None:
     scales = make_plan("ddim", steps=4, guidance_scale=[1, 2, 3, 1]).coefficients[:, table.GUIDANCE]
     assert scales.tolist() == [1, 2, 3, 1]
     number = make_plan("ddim", steps=4, guidance_scale=5)
-    assert (
-        number.guided
-        and (number.coefficients[:, table.GUIDANCE] == 5).all()
-        and number == plan.with_guidance(5)
-    )
+    assert number.guided and (number.coefficients[:, table.GUIDANCE] == 5).all() and number == plan.with_guidance(5)
     interval = make_plan("ddim", steps=4, guidance_scale=lambda t: 3.0 if 0.3 < t < 0.8 else 1.0)
     inside = (plan.model_times > 0.3) & (plan.model_times < 0.8)
     assert inside.any() and (interval.coefficients[:, table.GUIDANCE] == np.where(inside, 3.0, 1.0)).all()
@@ -209,17 +201,13 @@ def test_clip_bounds_the_estimated_sample() -> None:
         columns = make_plan("ddim", steps=2, clip=clip).coefficients[:, table.CLIP : table.CLIP + 2]
         assert (columns == bounds).all()
     clipped = pydiff.run_plan(
-        make_plan("ddim", pydiff.EDM(), 3, prediction="sample", clip=1),
-        lambda x, t: x,
-        torch.full((1, 4), 80.0),
+        make_plan("ddim", pydiff.EDM(), 3, prediction="sample", clip=1), lambda x, t: x, torch.full((1, 4), 80.0)
     )
     assert (clipped == 1).all()
 
 
 def test_sigmas_stand_for_times() -> None:
-    np.testing.assert_allclose(
-        make_plan("ddim", pydiff.EDM(), sigmas=[80, 4, 0]).times, [80, 4, 0], rtol=1e-14
-    )
+    np.testing.assert_allclose(make_plan("ddim", pydiff.EDM(), sigmas=[80, 4, 0]).times, [80, 4, 0], rtol=1e-14)
     vp = make_plan("ddim", sigmas=[10.0, 1.0, 0.1])
     np.testing.assert_allclose(vp.sigma / vp.alpha, [10.0, 1.0, 0.1], rtol=1e-12)
     assert make_plan("ddim", steps=2, times=[1.0, 0.5, 0.1]) == make_plan("ddim", times=[1.0, 0.5, 0.1])

@@ -41,19 +41,11 @@ def test_nested_structures_keep_their_shape() -> None:
 
 DIFFERENT = {
     "names": ({"y": torch.ones(2)}, {"x": torch.ones(2)}, "same names; x, y stands in one"),
-    "values": (
-        {"mode": "a"},
-        {"mode": "b"},
-        r"cond\['mode'\] differs between cond and uncond .* 'b' and 'a'",
-    ),
+    "values": ({"mode": "a"}, {"mode": "b"}, r"cond\['mode'\] differs between cond and uncond .* 'b' and 'a'"),
     "numbers": ({"y": 1}, {"y": 2}, r"cond\['y'\] differs"),
     "kinds": ({"y": True}, {"y": 1}, r"cond\['y'\] differs"),
     "lengths": ({"y": [torch.ones(2)]}, {"y": [torch.ones(2)] * 2}, "differs"),
-    "rows": (
-        {"y": torch.ones(2)},
-        {"y": torch.ones(3)},
-        r"cond\['y'\] must have 1 or 2 rows .* got shape \[3\]",
-    ),
+    "rows": ({"y": torch.ones(2)}, {"y": torch.ones(3)}, r"cond\['y'\] must have 1 or 2 rows .* got shape \[3\]"),
     "uncond rows": ({"y": torch.ones(4)}, {"y": torch.ones(2)}, r"uncond\['y'\] must have 1 or 2 rows"),
     "one missing": ({"y": None}, {"y": torch.ones(2)}, "differs"),
 }
@@ -83,8 +75,14 @@ def test_structure_is_what_contents_of_tensors_do_not_change() -> None:
     cond = {"text": torch.ones(2, 3), "pair": Pair(torch.zeros(2), [1, "x", None]), "scale": 2.0}
     same = {"text": torch.zeros(2, 3), "pair": Pair(torch.ones(2), [1, "x", None]), "scale": 2.0}
     assert structure(cond) == structure(same) and hash(structure(cond)) == hash(structure(same))
-    others = [{"text": torch.ones(3, 3)}, {"text": torch.ones(2, 3).half()}, {"text": None}, {"scale": 2},
-              {"pair": (torch.ones(2), [1, "x", None])}, {"more": None}]
+    others = [
+        {"text": torch.ones(3, 3)},
+        {"text": torch.ones(2, 3).half()},
+        {"text": None},
+        {"scale": 2},
+        {"pair": (torch.ones(2), [1, "x", None])},
+        {"more": None},
+    ]
     for changed in others:
         assert structure(cond) != structure(cond | changed)
     unhashable = {"controller": {1, 2}}

@@ -22,7 +22,9 @@ from tests.oracles.probing import compose_plan, probe_diffusers, probe_plan
 
 TOLERANCE = 1e-12
 SCHEDULES = {
-    "vp_linear": pydiff.VPLinear(), "vp_cosine": pydiff.VPCosine(), "edm": pydiff.EDM(),
+    "vp_linear": pydiff.VPLinear(),
+    "vp_cosine": pydiff.VPCosine(),
+    "edm": pydiff.EDM(),
     "discrete": pydiff.DiscreteBetas.named("scaled_linear", 1000, 0.00085, 0.012),
 }
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -30,9 +32,14 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 CATALOGUED = [math.sqrt(1 / alpha_bar - 1) for alpha_bar in (0.31, 0.62)]  # sigma / alpha
 
 POSTERIOR = [("ddpm", {"variance": "small"}), ("ddim", {"eta": 1.0}), ("euler_ancestral", {"eta": 1.0})]
-DDIM = [("ddim", {}), ("dpm_solver_1", {}), ("euler", {}), ("euler_ancestral", {"eta": 0.0}),
-        ("unipc", {"order": 1, "corrector": False}),
-        ("unipc", {"order": 1, "corrector": False, "variant": "bh1", "predict_x0": False})]
+DDIM = [
+    ("ddim", {}),
+    ("dpm_solver_1", {}),
+    ("euler", {}),
+    ("euler_ancestral", {"eta": 0.0}),
+    ("unipc", {"order": 1, "corrector": False}),
+    ("unipc", {"order": 1, "corrector": False, "variant": "bh1", "predict_x0": False}),
+]
 SECOND = [("dpmpp_2m", {}), ("dpmpp_2m_sde", {"eta": 0.0}), ("unipc", {"order": 2, "corrector": False})]
 
 
@@ -54,8 +61,10 @@ def test_members_of_a_family_coincide(family: list[tuple[str, dict[str, Any]]], 
     schedule = SCHEDULES[name]
     for steps, prediction, end in itertools.product((1, 2, 7, 16), PREDICTIONS, ("sigma_min", "zero")):
         times = pydiff.make_times(schedule, steps, final_sigmas_type=end)
-        first, *others = [pydiff.make_plan(solver, schedule, times=times, prediction=prediction, **options)
-                          for solver, options in family]
+        first, *others = [
+            pydiff.make_plan(solver, schedule, times=times, prediction=prediction, **options)
+            for solver, options in family
+        ]
         for other in others:
             assert same(first, other) <= TOLERANCE, (steps, prediction, other.solver)
 
@@ -67,8 +76,15 @@ def test_members_of_a_family_give_the_same_sample() -> None:
         ends = []
         for solver, options in family:
             plan = pydiff.make_plan(solver, steps=9, grid="logsnr", **options)
-            ends.append(pydiff.run_plan(plan, peers.stage_model(plan, "epsilon"), z, dtype=torch.float64,
-                                        noise=noise.double() if plan.num_draws else None))
+            ends.append(
+                pydiff.run_plan(
+                    plan,
+                    peers.stage_model(plan, "epsilon"),
+                    z,
+                    dtype=torch.float64,
+                    noise=noise.double() if plan.num_draws else None,
+                )
+            )
         assert max(peers.relative(end, ends[0]) for end in ends) <= TOLERANCE
 
 
@@ -101,13 +117,17 @@ def test_ddim_eta_and_tau_are_different_parameters_of_one_family() -> None:
     assert compose_plan(sde)[0, 2] / posterior_std(sde) == pytest.approx(0.6167, abs=5e-5)
 
 
-@pytest.mark.parametrize("solver, options, expected", [
-    *((solver, options, (1.41421356, -0.85125653, 0.52474977)) for solver, options in POSTERIOR),
-    ("dpmpp_2m_sde", {}, (1.41421356, -0.85125653, 0.52474977)),
-    *((solver, options, (1.41421356, -0.55829261)) for solver, options in DDIM),
-    ("dpmpp_2m", {}, (1.41421356, -0.55829261)),
-    ("dpmpp_2m_sde", {"eta": 0.25}, (1.41421356, -0.65007171, 0.32361932)),
-], ids=str)
+@pytest.mark.parametrize(
+    "solver, options, expected",
+    [
+        *((solver, options, (1.41421356, -0.85125653, 0.52474977)) for solver, options in POSTERIOR),
+        ("dpmpp_2m_sde", {}, (1.41421356, -0.85125653, 0.52474977)),
+        *((solver, options, (1.41421356, -0.55829261)) for solver, options in DDIM),
+        ("dpmpp_2m", {}, (1.41421356, -0.55829261)),
+        ("dpmpp_2m_sde", {"eta": 0.25}, (1.41421356, -0.65007171, 0.32361932)),
+    ],
+    ids=str,
+)
 def test_catalogued_coefficients(solver: str, options: dict[str, Any], expected: tuple[float, ...]) -> None:
     """One step from alphabar = .31 to .62, on (x, epsilon, z), to the eight digits that are known."""
     weights = compose_plan(pydiff.make_plan(solver, peers.RatioVP(), sigmas=CATALOGUED, **options))
@@ -142,11 +162,17 @@ def test_identities_can_fail() -> None:
 # The plan's length is its number of model calls, and its table is what it does.
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "ddim": [{"eta": 0.5}], "euler": [{"s_churn": 5.0}], "heun": [{"s_churn": 5.0}], "ddpm": [{"variance": "large"}],
+    "ddim": [{"eta": 0.5}],
+    "euler": [{"s_churn": 5.0}],
+    "heun": [{"s_churn": 5.0}],
+    "ddpm": [{"variance": "large"}],
     "dpm_solver_2": [{"method": "multistep"}, {"nodes": "grid"}],
     "dpm_solver_3": [{"method": "multistep"}, {"nodes": "grid"}],
-    "dpmpp_2s": [{"nodes": "grid"}], "dpmpp_2m": [{"solver_type": "heun"}], "dpmpp_3m": [{"compat": True}],
-    "dpmpp_2m_sde": [{"eta": 0.3}], "unipc": [{"order": 3}, {"corrector": False}, {"variant": "bh1"}],
+    "dpmpp_2s": [{"nodes": "grid"}],
+    "dpmpp_2m": [{"solver_type": "heun"}],
+    "dpmpp_3m": [{"compat": True}],
+    "dpmpp_2m_sde": [{"eta": 0.3}],
+    "unipc": [{"order": 3}, {"corrector": False}, {"variant": "bh1"}],
 }
 ALL_PLANS = [(s.name, options) for s in pydiff.list_solvers() for options in [{}, *OPTIONS.get(s.name, [])]]
 
@@ -187,11 +213,19 @@ PROBED = [
     ("HeunDiscreteScheduler", {}, "heun", {}),
     ("DPMSolverMultistepScheduler", {}, "dpmpp_2m", {}),
     ("DPMSolverMultistepScheduler", {"solver_order": 3}, "dpmpp_3m", {"compat": True}),
-    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "solver_type": "heun"}, "dpmpp_2m",
-     {"solver_type": "heun"}),
+    (
+        "DPMSolverMultistepScheduler",
+        {"use_karras_sigmas": True, "solver_type": "heun"},
+        "dpmpp_2m",
+        {"solver_type": "heun"},
+    ),
     ("UniPCMultistepScheduler", {}, "unipc", {"lower_order_final": True}),
-    ("UniPCMultistepScheduler", {"solver_order": 3, "final_sigmas_type": "sigma_min", "predict_x0": False}, "unipc",
-     {"order": 3, "predict_x0": False, "lower_order_final": True}),
+    (
+        "UniPCMultistepScheduler",
+        {"solver_order": 3, "final_sigmas_type": "sigma_min", "predict_x0": False},
+        "unipc",
+        {"order": 3, "predict_x0": False, "lower_order_final": True},
+    ),
 ]
 
 

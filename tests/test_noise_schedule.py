@@ -235,9 +235,7 @@ def test_named_betas_match_diffusers(name: str, n: int) -> None:
     scheduler = diffusers.DDPMScheduler(n, beta_start=0.00085, beta_end=0.012, beta_schedule=name)
     schedule = DiscreteBetas.named(name, n, 0.00085, 0.012)
     np.testing.assert_allclose(schedule.betas, scheduler.betas.numpy(), rtol=2e-5, atol=1e-7)
-    np.testing.assert_allclose(
-        schedule.alphas_cumprod, scheduler.alphas_cumprod.numpy(), rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(schedule.alphas_cumprod, scheduler.alphas_cumprod.numpy(), rtol=1e-5, atol=1e-6)
     at_indices = schedule.alpha(np.arange(float(n))) ** 2
     np.testing.assert_allclose(at_indices, schedule.alphas_cumprod, rtol=1e-13)
     # Negative control: another beta range is told apart.

@@ -77,10 +77,7 @@ def test_a_function_is_the_tensor_of_its_values(draws) -> None:
 
 @pytest.mark.parametrize("solver", ["ddpm", "euler_ancestral", "dpmpp_2m_sde", "euler_maruyama", "ddim"])
 def test_every_stochastic_solver_takes_functions_and_tensors(solver) -> None:
-    plan, x = (
-        pydiff.make_plan(solver, steps=6, **({"eta": 1.0} if solver == "ddim" else {})),
-        torch.ones(2, 3),
-    )
+    plan, x = (pydiff.make_plan(solver, steps=6, **({"eta": 1.0} if solver == "ddim" else {})), torch.ones(2, 3))
     noise = torch.randn(plan.num_draws, 2, 3)
     assert plan.num_draws >= 5
     result = pydiff.run_plan(plan, toy, x, noise=noise)
@@ -120,6 +117,4 @@ def test_a_generator_a_row_makes_rows_independent() -> None:
 def test_generators_follow_the_dtype() -> None:
     x = torch.ones(2, 3, dtype=torch.float64)
     drawn = from_generator(torch.Generator().manual_seed(1), x)(0)
-    assert torch.equal(
-        drawn, torch.randn(2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    )
+    assert torch.equal(drawn, torch.randn(2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))

@@ -25,15 +25,27 @@ SETTINGS = {
     "flow-flow": (pydiff.RectifiedFlow(), "flow_prediction"),
 }
 METHODS = [
-    ("ddim", {}), ("euler", {}), ("heun", {}),
-    ("dpm_solver_1", {}), ("dpm_solver_2", {}), ("dpm_solver_3", {}),
+    ("ddim", {}),
+    ("euler", {}),
+    ("heun", {}),
+    ("dpm_solver_1", {}),
+    ("dpm_solver_2", {}),
+    ("dpm_solver_3", {}),
     ("dpm_solver_2", {"solver_type": "heun"}),
-    ("dpm_solver_2", {"method": "multistep"}), ("dpm_solver_3", {"method": "multistep"}),
-    ("dpmpp_2s", {}), ("dpmpp_2m", {}), ("dpmpp_2m", {"solver_type": "heun"}), ("dpmpp_3m", {}),
+    ("dpm_solver_2", {"method": "multistep"}),
+    ("dpm_solver_3", {"method": "multistep"}),
+    ("dpmpp_2s", {}),
+    ("dpmpp_2m", {}),
+    ("dpmpp_2m", {"solver_type": "heun"}),
+    ("dpmpp_3m", {}),
     ("dpmpp_2m_sde", {"eta": 0.0}),
-    *[("unipc", {"order": order, "variant": variant, "corrector": corrector, "predict_x0": predict_x0})
-      for order in (1, 2, 3) for variant in ("bh1", "bh2")
-      for corrector in (True, False) for predict_x0 in (True, False)],
+    *[
+        ("unipc", {"order": order, "variant": variant, "corrector": corrector, "predict_x0": predict_x0})
+        for order in (1, 2, 3)
+        for variant in ("bh1", "bh2")
+        for corrector in (True, False)
+        for predict_x0 in (True, False)
+    ],
 ]
 # the deterministic limit of the SDE solver is DPM-Solver++(2M)
 STATED = {"dpmpp_2m_sde": 2}
@@ -53,8 +65,9 @@ def problem(setting: str, low: float = -1.0, high: float = 3.0):
 
 def error(setting: str, solver: str, steps: int, low: float = -1.0, **options) -> float:
     schedule, prediction, ends, model, x, exact = problem(setting, low)
-    plan = pydiff.make_plan(solver, schedule, steps, grid="logsnr", prediction=prediction,
-                            final_sigmas_type="sigma_min", **ends, **options)
+    plan = pydiff.make_plan(
+        solver, schedule, steps, grid="logsnr", prediction=prediction, final_sigmas_type="sigma_min", **ends, **options
+    )
     end = pydiff.run_plan(plan, model, x, dtype=torch.float64)
     return float((end - exact).square().mean().sqrt())
 

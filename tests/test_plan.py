@@ -43,20 +43,11 @@ INVALID = {
     "infinite weight": (lambda p: changed(p, "coefficients", (1, 7), math.inf), "stage 1 .* not finite"),
     "nan bound": (lambda p: changed(p, "coefficients", (1, table.CLIP), math.nan), "not finite"),
     "slot too early": (lambda p: changed(p, "coefficients", WEIGHT_OF_H0, 1.0), "stage 0 reads slot 0"),
-    "slot out of range": (
-        lambda p: changed(p, "indices", (3, table.WRITE_A), 7),
-        r"stage 3 writes slots \[7, 0\]",
-    ),
+    "slot out of range": (lambda p: changed(p, "indices", (3, table.WRITE_A), 7), r"stage 3 writes slots \[7, 0\]"),
     "same slot twice": (lambda p: changed(p, "indices", (3, table.WRITE_A), 0), "must differ"),
     "unnamed draw": (lambda p: changed(p, "coefficients", (4, table.Z1), 0.5), "stage 4 uses draw z1"),
-    "unnamed known draw": (
-        lambda p: changed(p, "coefficients", (4, table.KNOWN + 1), 0.5),
-        "stage 4 uses draw z0",
-    ),
-    "columns": (
-        lambda p: replace(p, coefficients=p.coefficients[:, :-1]),
-        r"coefficients has shape \(6, 47\)",
-    ),
+    "unnamed known draw": (lambda p: changed(p, "coefficients", (4, table.KNOWN + 1), 0.5), "stage 4 uses draw z0"),
+    "columns": (lambda p: replace(p, coefficients=p.coefficients[:, :-1]), r"coefficients has shape \(6, 47\)"),
     "index columns": (lambda p: replace(p, indices=p.indices[:, :2]), "indices has shape"),
     "alpha": (lambda p: replace(p, alpha=p.alpha[:-1]), r"alpha has shape \(6,\), expected \(7,\)"),
     "nan sigma": (lambda p: changed(p, "sigma", 2, math.nan), "sigma holds"),
@@ -68,12 +59,7 @@ INVALID = {
     "start": (lambda p: replace(p, start_scale=math.inf), "start_scale"),
     "empty": (
         lambda p: replace(
-            p,
-            coefficients=p.coefficients[:0],
-            indices=p.indices[:0],
-            targets=(),
-            alpha=p.alpha[:1],
-            sigma=p.sigma[:1],
+            p, coefficients=p.coefficients[:0], indices=p.indices[:0], targets=(), alpha=p.alpha[:1], sigma=p.sigma[:1]
         ),
         "at least one stage",
     ),
@@ -226,9 +212,7 @@ def run_both(first, second):
     return joined, pydiff.run_plan(second, toy, middle, noise=noise[draws:], dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    "first", ["ddim", "dpmpp_2m", "dpmpp_2m_sde", "euler_ancestral", "dpm_solver_3", "heun"]
-)
+@pytest.mark.parametrize("first", ["ddim", "dpmpp_2m", "dpmpp_2m_sde", "euler_ancestral", "dpm_solver_3", "heun"])
 @pytest.mark.parametrize("second", ["ddim", "unipc", "euler_ancestral", "dpmpp_2s"])
 def test_a_sum_runs_one_plan_and_then_the_other(first, second) -> None:
     a = pydiff.make_plan(first, EDM, times=[80, 30, 9, 4, 2], prediction="sample")
@@ -255,9 +239,7 @@ def test_a_start_that_adds_noise_is_folded_into_the_stage_before() -> None:
 def test_plans_that_do_not_meet_are_refused() -> None:
     a = pydiff.make_plan("ddim", EDM, times=[80, 9, 2])
     b = pydiff.make_plan("ddim", EDM, times=[3, 1, 0])
-    with pytest.raises(
-        PlanError, match=r"ends at .*2\.0.* begins at .*3\.0.*; compile the second with t_start"
-    ):
+    with pytest.raises(PlanError, match=r"ends at .*2\.0.* begins at .*3\.0.*; compile the second with t_start"):
         concatenate(a, b)
 
 
@@ -281,9 +263,7 @@ def test_the_known_region_meets_the_level_after_a_renoising_start() -> None:
     assert known[0] == b.alpha[0] and math.hypot(*known[1:]) == b.sigma[0] > 2
 
 
-@pytest.mark.parametrize(
-    "solver", ["ddim", "euler", "heun", "dpmpp_2s", "dpm_solver_2", "ddpm", "euler_ancestral"]
-)
+@pytest.mark.parametrize("solver", ["ddim", "euler", "heun", "dpmpp_2s", "dpm_solver_2", "ddpm", "euler_ancestral"])
 def test_pieces_of_a_one_step_solver_make_the_whole(solver) -> None:
     times = [80.0, 30.0, 9.0, 4.0, 1.0, 0.0]
     for cut in (1, 3):

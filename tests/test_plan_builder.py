@@ -27,18 +27,9 @@ def programs(draw):
     """A list of stages: what each reads in its x, base and push writes, as weights of symbolic operands."""
     stages, pushed, based, draws = [], 0, False, 0
     for _ in range(draw(st.integers(1, 8))):
-        readable = [
-            "x",
-            "d",
-            *(("h", back) for back in range(1, min(pushed, 4) + 1)),
-            *(["base"] if based else []),
-        ]
+        readable = ["x", "d", *(("h", back) for back in range(1, min(pushed, 4) + 1)), *(["base"] if based else [])]
         fresh = [("z", draws + k) for k in range(draw(st.integers(0, 2)))]
-        reused = (
-            [("z", draw(st.integers(0, draws - 1)))]
-            if draws and len(fresh) < 2 and draw(st.booleans())
-            else []
-        )
+        reused = [("z", draw(st.integers(0, draws - 1)))] if draws and len(fresh) < 2 and draw(st.booleans()) else []
         draws += len(fresh)
         formula = st.dictionaries(st.sampled_from([*readable, *fresh, *reused]), st.floats(-1, 1), max_size=5)
         stage = {"x": draw(formula), "base": None, "push": None, "fresh": len(fresh)}
@@ -96,9 +87,7 @@ def run(plan, x, outputs, noise):
         return torch.full_like(x, outputs[len(times) - 1])
 
     noise = torch.tensor(noise, dtype=torch.float64).reshape(-1, 1, 1)
-    result = pydiff.run_plan(
-        plan, model, torch.full((1, 1), x, dtype=torch.float64), noise=noise, dtype=torch.float64
-    )
+    result = pydiff.run_plan(plan, model, torch.full((1, 1), x, dtype=torch.float64), noise=noise, dtype=torch.float64)
     return float(result), times
 
 
@@ -120,9 +109,7 @@ def test_the_interpreter_notices_a_wrong_coefficient(program, stage) -> None:
     plan = compile_program(program)
     coefficients = plan.coefficients.copy()
     coefficients[-1, table.D] += 0.25
-    wrong = type(plan)(
-        **{f: getattr(plan, f) for f in plan.__dataclass_fields__} | {"coefficients": coefficients}
-    )
+    wrong = type(plan)(**{f: getattr(plan, f) for f in plan.__dataclass_fields__} | {"coefficients": coefficients})
     outputs, noise = [0.5] * len(program), [0.5] * 16
     assert abs(run(wrong, 0.5, outputs, noise)[0] - interpret(program, 0.5, outputs, noise)) > 0.12
 
@@ -209,10 +196,7 @@ def test_a_stage_with_two_draws_has_none_for_a_known_region() -> None:
 
 
 MISUSE = {
-    "call twice": (
-        lambda b: (b.call(b.points[0]), b.call(b.points[1])),
-        "before the previous stage was closed",
-    ),
+    "call twice": (lambda b: (b.call(b.points[0]), b.call(b.points[1])), "before the previous stage was closed"),
     "write first": (lambda b: b.write(x=b.x), r"write\(\) without call"),
     "write twice": (lambda b: (b.write(x=b.call(b.points[0])), b.write(x=b.x)), r"write\(\) without call"),
     "too far back": (lambda b: b.history(1), r"history\(1\) asked for with 0 entries"),

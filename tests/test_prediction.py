@@ -12,12 +12,7 @@ from hypothesis import strategies as st
 from pydiff import prediction as p
 from pydiff.noise_schedule import EDM, DiscreteBetas, NoiseSchedule, RectifiedFlow, VPLinear
 
-SCHEDULES = {
-    "vp": VPLinear(),
-    "discrete": DiscreteBetas.named("linear"),
-    "edm": EDM(),
-    "flow": RectifiedFlow(),
-}
+SCHEDULES = {"vp": VPLinear(), "discrete": DiscreteBetas.named("linear"), "edm": EDM(), "flow": RectifiedFlow()}
 NAMES = ["epsilon", "sample", "v_prediction", "score", "flow_prediction"]
 
 
@@ -63,9 +58,7 @@ def test_edm_preconditioning_is_table_1(schedule: NoiseSchedule, sign: int) -> N
     w_x, w_m = kind.weights("sample", alpha, sigma)
     np.testing.assert_allclose(w_x * alpha, data**2 / (s**2 + data**2), rtol=1e-12)  # c_skip acts on x/alpha
     np.testing.assert_allclose(w_m, sign * s * data / np.sqrt(s**2 + data**2), rtol=1e-12)
-    np.testing.assert_allclose(
-        kind.input_scale(alpha, sigma) * alpha, 1 / np.sqrt(s**2 + data**2), rtol=1e-12
-    )
+    np.testing.assert_allclose(kind.input_scale(alpha, sigma) * alpha, 1 / np.sqrt(s**2 + data**2), rtol=1e-12)
     np.testing.assert_allclose(kind.model_time(t, alpha, sigma), np.log(s) / 4, rtol=1e-12, atol=1e-14)
     # eps = (x - alpha x0) / sigma, for the basis (x, m) = (1, 0) and (0, 1); the subtraction loses digits.
     e_x, e_m = kind.weights("epsilon", alpha, sigma)
@@ -113,15 +106,9 @@ def test_regular_ends() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: p.epsilon.weights("sample", 0.0, 1.0),
-            "epsilon-prediction.*alpha = 0.*zero terminal SNR.*v_pred",
-        ),
+        (lambda: p.epsilon.weights("sample", 0.0, 1.0), "epsilon-prediction.*alpha = 0.*zero terminal SNR.*v_pred"),
         (lambda: p.score.weights("sample", 0.0, 1.0), "score-prediction.*smaller t"),
-        (
-            lambda: p.sample.weights("epsilon", np.ones(2), np.array([1.0, 0.0])),
-            "sample-prediction.*sigma = 0",
-        ),
+        (lambda: p.sample.weights("epsilon", np.ones(2), np.array([1.0, 0.0])), "sample-prediction.*sigma = 0"),
         (lambda: p.epsilon.weights("x0", 1.0, 1.0), "target = 'x0'"),
         (lambda: p.epsilon.weights("sample", -1.0, 1.0), "alpha = -1"),
         (lambda: p.epsilon.weights("sample", 0.0, 0.0), "not both 0"),

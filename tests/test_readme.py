@@ -116,7 +116,6 @@ def test_the_printed_plan_is_what_prints():
 def test_the_solver_of_the_page_works_and_its_test_can_fail():
     """In a process of its own: the registry of this one stays as it is."""
 
-
     def errors(code: str) -> str:
         command = [sys.executable, "-c", code]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120).stderr

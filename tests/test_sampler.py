@@ -117,11 +117,7 @@ def test_a_callback_sees_every_stage_and_can_stop() -> None:
     seen = []
     plan = pydiff.make_plan("dpmpp_2m", steps=6)
     final, path = pydiff.run_plan(
-        plan,
-        toy,
-        x_of(),
-        return_trajectory=True,
-        callback=lambda info: seen.append(info._replace(x=info.x.clone())),
+        plan, toy, x_of(), return_trajectory=True, callback=lambda info: seen.append(info._replace(x=info.x.clone()))
     )
     assert [i.stage for i in seen] == list(range(6)) and {i.total for i in seen} == {6}
     assert [i.time for i in seen] == plan.model_times.tolist()
@@ -129,9 +125,7 @@ def test_a_callback_sees_every_stage_and_can_stop() -> None:
     assert torch.equal(torch.stack([i.x for i in seen]), path[1:])
     torch.testing.assert_close(seen[2].model_output, toy(path[2], torch.full((3,), seen[2].time)))
     calls = []
-    stopped = pydiff.run_plan(
-        plan, lambda x, t: calls.append(1) or toy(x, t), x_of(), callback=lambda i: i.stage == 2
-    )
+    stopped = pydiff.run_plan(plan, lambda x, t: calls.append(1) or toy(x, t), x_of(), callback=lambda i: i.stage == 2)
     assert torch.equal(stopped, path[3]) and len(calls) == 3
 
 
@@ -241,9 +235,7 @@ def test_guidance_is_the_combination_by_hand(scale) -> None:
         return c if s == 1 else u + s * (c - u)
 
     options = {"solver": "dpmpp_2m", "steps": 5, "seed": 2, "dtype": torch.float64}
-    result = pydiff.sample(
-        labelled, SHAPE, guidance_scale=scale, cond={"y": cond}, uncond={"y": uncond}, **options
-    )
+    result = pydiff.sample(labelled, SHAPE, guidance_scale=scale, cond={"y": cond}, uncond={"y": uncond}, **options)
     torch.testing.assert_close(result, pydiff.sample(combined, SHAPE, **options), rtol=1e-12, atol=1e-12)
 
 
@@ -269,10 +261,7 @@ def test_structured_conditions_reach_the_model() -> None:
         return toy(x, t) + per_row(context["text"].sum(1) + context["ids"][0], x)
 
     def conditions(value):
-        return {
-            "context": {"text": torch.full((1, 2), value), "ids": (torch.full((3,), value),)},
-            "mode": "xl",
-        }
+        return {"context": {"text": torch.full((1, 2), value), "ids": (torch.full((3,), value),)}, "mode": "xl"}
 
     one, two = conditions(0.1), conditions(0.2)
     first = pydiff.sample(model, SHAPE, seed=0, steps=3, guidance_scale=2.0, cond=one, uncond=two)
@@ -285,9 +274,7 @@ def test_structured_conditions_reach_the_model() -> None:
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "euler_ancestral", "unipc", "heun", "dpm_solver_3"])
 def test_the_known_region_ends_as_it_is_known(solver) -> None:
-    plan = pydiff.make_plan(
-        solver, pydiff.VPLinear(), 6, known=True, final_sigmas_type="zero", grid="uniform"
-    )
+    plan = pydiff.make_plan(solver, pydiff.VPLinear(), 6, known=True, final_sigmas_type="zero", grid="uniform")
     known, mask = x_of(seed=7), torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     mask[..., :2] = True
     result, path = pydiff.run_plan(plan, toy, x_of(), seed=3, mask=mask, known=known, return_trajectory=True)
@@ -307,9 +294,7 @@ def test_constant_and_extra_operands() -> None:
     plan = b.build("by hand")
     coefficients = plan.coefficients.copy()
     coefficients[0, table.CONSTANT], coefficients[1, table.EXTRA] = 3.0, -2.0
-    plan = type(plan)(
-        **{f: getattr(plan, f) for f in plan.__dataclass_fields__} | {"coefficients": coefficients}
-    )
+    plan = type(plan)(**{f: getattr(plan, f) for f in plan.__dataclass_fields__} | {"coefficients": coefficients})
     x, constant, extra = x_of().double(), torch.tensor(2.0), x_of((3, 1, 1, 4), seed=2)
     result = pydiff.run_plan(plan, lambda x, t: 2 * x, x, constant=constant, extra=extra, dtype=torch.float64)
     torch.testing.assert_close(result, 1.0 * (1.0 * x + 6.0) - 2.0 * extra)

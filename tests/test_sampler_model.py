@@ -64,11 +64,7 @@ def test_an_expanded_output() -> None:
 @pytest.mark.parametrize("solver", [s.name for s in pydiff.list_solvers()])
 def test_a_model_that_returns_its_input(solver) -> None:
     """Output and sample share memory: every combination must still read the old values."""
-    for options in (
-        {},
-        {"guidance_scale": 2.0},
-        {"clip": 0.5} if not solver.startswith("dpm_solver") else {},
-    ):
+    for options in ({}, {"guidance_scale": 2.0}, {"clip": 0.5} if not solver.startswith("dpm_solver") else {}):
         if solver == "euler_maruyama" and "clip" in options:
             continue
         plan = pydiff.make_plan(solver, steps=5, **options)
@@ -92,8 +88,7 @@ def test_a_model_that_returns_the_same_buffer_every_time() -> None:
     buffer = torch.empty(SHAPE)
     plan = pydiff.make_plan("dpmpp_3m", steps=6)
     assert torch.equal(
-        pydiff.run_plan(plan, lambda x, t: buffer.copy_(toy(x, t)), x_of()),
-        pydiff.run_plan(plan, toy, x_of()),
+        pydiff.run_plan(plan, lambda x, t: buffer.copy_(toy(x, t)), x_of()), pydiff.run_plan(plan, toy, x_of())
     )
 
 
@@ -136,9 +131,7 @@ def test_an_empty_batch_calls_no_model() -> None:
             lambda x, t: calls.append(1) or x, (0, 2, 4), steps=3, guidance_scale=guidance, uncond={}
         )
         assert result.shape == (0, 2, 4) and calls == []
-    _, path = pydiff.run_plan(
-        pydiff.make_plan("ddim", steps=3), toy, torch.ones(0, 2), return_trajectory=True
-    )
+    _, path = pydiff.run_plan(pydiff.make_plan("ddim", steps=3), toy, torch.ones(0, 2), return_trajectory=True)
     assert path.shape == (1, 0, 2)
 
 
@@ -196,17 +189,13 @@ def test_a_nonfinite_output_is_named(value) -> None:
 
     plan, calls = pydiff.make_plan("dpmpp_2m", steps=5), []
     time = f"{plan.model_times[2]:.6g}"
-    with pytest.raises(
-        pydiff.NonFiniteError, match=f"at stage 2 .time {time}. in row 1; check its weights"
-    ) as error:
+    with pytest.raises(pydiff.NonFiniteError, match=f"at stage 2 .time {time}. in row 1; check its weights") as error:
         pydiff.run_plan(plan, model, x_of())
     assert error.value.rows == {1: 2} and len(calls) == 3
     calls.clear()
     result = pydiff.run_plan(plan, model, x_of(), check_finite=False)
     assert len(calls) == 5 and not torch.isfinite(result[1]).all()
-    assert torch.equal(
-        result[[0, 2]], pydiff.run_plan(plan, toy, x_of())[[0, 2]]
-    )  # other rows are not touched
+    assert torch.equal(result[[0, 2]], pydiff.run_plan(plan, toy, x_of())[[0, 2]])  # other rows are not touched
 
 
 def test_a_nonfinite_output_is_named_in_the_plan_of_its_row() -> None:
@@ -234,9 +223,7 @@ def test_nan_that_is_not_used_is_no_error() -> None:
 # Modes and threads.
 
 
-@pytest.mark.parametrize(
-    "mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda m: m.__name__
-)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda m: m.__name__)
 def test_every_grad_mode_gives_the_same(mode) -> None:
     class Net(torch.nn.Module):
         def __init__(self):
@@ -247,9 +234,7 @@ def test_every_grad_mode_gives_the_same(mode) -> None:
             return toy(x, t) * self.w
 
     net, x = Net(), x_of().requires_grad_()
-    expected = pydiff.run_plan(
-        pydiff.make_plan("dpmpp_2m_sde", steps=4), lambda x, t: toy(x, t) * 0.5, x_of(), seed=1
-    )
+    expected = pydiff.run_plan(pydiff.make_plan("dpmpp_2m_sde", steps=4), lambda x, t: toy(x, t) * 0.5, x_of(), seed=1)
     with mode():
         result = pydiff.run_plan(pydiff.make_plan("dpmpp_2m_sde", steps=4), net, x, seed=1)
         again = pydiff.Sampler(net, "ddim", 3)(SHAPE, seed=0)

@@ -70,9 +70,7 @@ def test_what_a_state_shows() -> None:
     assert torch.equal(state.model_input, state.x) and torch.equal(state.model_time, torch.ones(2))
     advance(state, 2)
     assert state.stage.tolist() == [2, 2] and state.steps_done == 2
-    torch.testing.assert_close(
-        state.model_time, torch.full((2,), PLANS[0].model_times[2], dtype=torch.float32)
-    )
+    torch.testing.assert_close(state.model_time, torch.full((2,), PLANS[0].model_times[2], dtype=torch.float32))
 
 
 def test_forks_go_their_own_ways() -> None:
@@ -97,9 +95,7 @@ def test_a_row_moved_into_a_fork_does_not_touch_the_original() -> None:
 def test_forking_a_noise_function_is_refused() -> None:
     state = pydiff.init(PLANS[3], noisy(2), noise=lambda k: torch.zeros(2, *SHAPE))
     for use in (state.clone, state.state_dict):
-        with pytest.raises(
-            ValueError, match=r"function or generator cannot be .*; use seeds, or a noise tensor"
-        ):
+        with pytest.raises(ValueError, match=r"function or generator cannot be .*; use seeds, or a noise tensor"):
             use()
 
 
@@ -128,9 +124,7 @@ def test_a_saved_state_holds_no_reference_to_the_run() -> None:
 
 @given(
     rows=st.lists(
-        st.tuples(st.sampled_from(range(len(PLANS))), st.integers(-(2**63), 2**63 - 1)),
-        min_size=1,
-        max_size=6,
+        st.tuples(st.sampled_from(range(len(PLANS))), st.integers(-(2**63), 2**63 - 1)), min_size=1, max_size=6
     )
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -169,9 +163,7 @@ def test_a_row_moves_between_batches(k) -> None:
     stays = pydiff.init([PLANS[0], plan, PLANS[2]], x, seed=[1, 2, 3], copies=2)
     expected = finish(stays.clone(), guided)
     advance(stays, 2, guided)
-    busy = advance(
-        pydiff.init([PLANS[4], PLANS[3], plan, PLANS[0]], noisy(4, seed=9), seed=4, copies=2), 1, guided
-    )
+    busy = advance(pydiff.init([PLANS[4], PLANS[3], plan, PLANS[0]], noisy(4, seed=9), seed=4, copies=2), 1, guided)
     other_rows = finish(busy.clone(), guided)
     busy.copy_row_from(stays, 1, 0)
     result = finish(busy, guided)
@@ -208,16 +200,10 @@ MOVES = {
     "no such source": (moving(source=2), r"source must be a row in 0 \.\. 1, got 2"),
     "no such row": (moving(row=-1), r"row must be a row in 0 \.\. 1, got -1"),
     "caller's noise": (
-        moving(
-            there={"plan": PLANS[3], "seed": None, "noise": torch.zeros(4, 2, *SHAPE)},
-            here={"plan": PLANS[3]},
-        ),
+        moving(there={"plan": PLANS[3], "seed": None, "noise": torch.zeros(4, 2, *SHAPE)}, here={"plan": PLANS[3]}),
         "given noise=",
     ),
-    "copies": (
-        moving(there={"plan": PLANS[1], "copies": 2}, here={"plan": PLANS[1], "copies": 1}),
-        "same copies",
-    ),
+    "copies": (moving(there={"plan": PLANS[1], "copies": 2}, here={"plan": PLANS[1], "copies": 1}), "same copies"),
 }
 
 
@@ -249,9 +235,7 @@ def test_a_stage_that_went_wrong_can_be_taken_back() -> None:
         before = state.clone()
         pydiff.step(state, torch.full_like(state.model_input, torch.nan))
         assert state.nonfinite().keys() == {0, 1} and before.nonfinite() == {}
-        assert torch.equal(
-            finish(before, guided), finish(pydiff.init(plan, noisy(2), seed=3, copies=2), guided)
-        )
+        assert torch.equal(finish(before, guided), finish(pydiff.init(plan, noisy(2), seed=3, copies=2), guided))
 
 
 def test_guidance_calls_for_two_copies() -> None:
@@ -272,9 +256,7 @@ def test_nonfinite_outputs_are_remembered_with_row_and_stage() -> None:
 def test_seeds() -> None:
     cpu = torch.device("cpu")
     assert row_seeds(7, 3, cpu).tolist() == [7, 8, 9] == row_seeds(torch.tensor([7, 8, 9]), 3, cpu).tolist()
-    assert row_seeds([-5, 2**63 - 1], 2, cpu).tolist() == [-5, 2**63 - 1] and row_seeds(3, 0, cpu).shape == (
-        0,
-    )
+    assert row_seeds([-5, 2**63 - 1], 2, cpu).tolist() == [-5, 2**63 - 1] and row_seeds(3, 0, cpu).shape == (0,)
     assert row_seeds(None, 2, cpu).tolist() != row_seeds(None, 2, cpu).tolist()
     torch.manual_seed(0)
     first = row_seeds(None, 2, cpu)
@@ -287,6 +269,4 @@ def test_a_gradient_does_not_follow() -> None:
     state = pydiff.init(PLANS[0], x, seed=1)
     weight = torch.nn.Parameter(torch.ones(()))
     finish(state, lambda x, t: toy(x, t) * weight)
-    assert not state.x.requires_grad and torch.equal(
-        state.x, pydiff.run_plan(PLANS[0], toy, noisy(2), seed=1)
-    )
+    assert not state.x.requires_grad and torch.equal(state.x, pydiff.run_plan(PLANS[0], toy, noisy(2), seed=1))

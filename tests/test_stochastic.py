@@ -17,12 +17,18 @@ from tests.oracles.gaussian_mixture import GaussianMixture, mixture
 from tests.test_orders import SETTINGS
 
 SOLVERS = [
-    ("ddpm", {"variance": "small"}), ("ddpm", {"variance": "large"}),
-    ("ddim", {"eta": 0.5}), ("ddim", {"eta": 1.0}),
-    ("euler_ancestral", {}), ("euler_ancestral", {"eta": 0.6}),
+    ("ddpm", {"variance": "small"}),
+    ("ddpm", {"variance": "large"}),
+    ("ddim", {"eta": 0.5}),
+    ("ddim", {"eta": 1.0}),
+    ("euler_ancestral", {}),
+    ("euler_ancestral", {"eta": 0.6}),
     ("euler_maruyama", {"last_noise": True}),  # so that the end is the SDE's, and not its mean
-    ("dpmpp_2m_sde", {}), ("dpmpp_2m_sde", {"solver_type": "heun"}), ("dpmpp_2m_sde", {"eta": 0.4}),
-    ("heun", {"s_churn": 30.0}), ("euler", {"s_churn": 30.0}),
+    ("dpmpp_2m_sde", {}),
+    ("dpmpp_2m_sde", {"solver_type": "heun"}),
+    ("dpmpp_2m_sde", {"eta": 0.4}),
+    ("heun", {"s_churn": 30.0}),
+    ("euler", {"s_churn": 30.0}),
 ]
 
 
@@ -49,10 +55,19 @@ def test_gaussian_moments_converge(setting, solver, options):
     true_mean, true_variance = end[0] * 0.7, (end[0] * 0.5) ** 2 + end[1] ** 2
     errors = []
     for steps in (100, 200, 400):
-        plan = pydiff.make_plan(solver, schedule, steps, grid="logsnr", prediction=prediction,
-                                final_sigmas_type="sigma_min", **ends, **options)
-        mean, variance = affine_moments(plan, data.model(schedule, prediction), start[0] * 0.7,
-                                        math.hypot(start[0] * 0.5, start[1]))
+        plan = pydiff.make_plan(
+            solver,
+            schedule,
+            steps,
+            grid="logsnr",
+            prediction=prediction,
+            final_sigmas_type="sigma_min",
+            **ends,
+            **options,
+        )
+        mean, variance = affine_moments(
+            plan, data.model(schedule, prediction), start[0] * 0.7, math.hypot(start[0] * 0.5, start[1])
+        )
         errors.append(abs(mean - true_mean) + abs(variance / true_variance - 1))
     assert errors[-1] < 0.05
     assert math.log2(errors[0] / errors[2]) / 2 > 0.8  # weak order 1 or more
@@ -62,16 +77,32 @@ def test_moments_see_a_wrong_noise_level():
     """Negative control: 5 % too much noise does not converge."""
     schedule, prediction = SETTINGS["edm-sample"]
     data = GaussianMixture(np.array([[0.7]]), np.array([0.5]), np.array([1.0]))
-    plan = pydiff.make_plan("euler_ancestral", schedule, 400, grid="logsnr", prediction=prediction, s_noise=1.05,
-                            final_sigmas_type="sigma_min", t_start=30.0, t_end=0.05)
+    plan = pydiff.make_plan(
+        "euler_ancestral",
+        schedule,
+        400,
+        grid="logsnr",
+        prediction=prediction,
+        s_noise=1.05,
+        final_sigmas_type="sigma_min",
+        t_start=30.0,
+        t_end=0.05,
+    )
     _, variance = affine_moments(plan, data.model(schedule, prediction), 0.7, math.hypot(0.5, 30.0))
     assert abs(variance / (0.25 + 0.05**2) - 1) > 0.05
 
 
-@pytest.mark.parametrize(("solver", "options", "steps"), [
-    ("ddpm", {}, 200), ("euler_ancestral", {}, 200), ("dpmpp_2m_sde", {}, 60), ("euler_maruyama", {}, 400),
-    ("heun", {"s_churn": 20.0}, 60),
-], ids=str)
+@pytest.mark.parametrize(
+    ("solver", "options", "steps"),
+    [
+        ("ddpm", {}, 200),
+        ("euler_ancestral", {}, 200),
+        ("dpmpp_2m_sde", {}, 60),
+        ("euler_maruyama", {}, 400),
+        ("heun", {"s_churn": 20.0}, 60),
+    ],
+    ids=str,
+)
 def test_mixture_moments(solver, options, steps):
     """Mean and covariance of 20,000 samples of a mixture, each within 4.5 standard errors plus the solver's bias.
 

@@ -131,11 +131,7 @@ def test_index_grids_match_set_timesteps(name: str, spacing: str) -> None:
     diffusers = pytest.importorskip("diffusers")
     offset = 1 if spacing == "leading" else 0
     scheduler = getattr(diffusers, name)(timestep_spacing=spacing, steps_offset=offset, **SD)
-    accepted = {
-        "linspace": {"drop_last", "integers"},
-        "leading": {"drop_last", "steps_offset"},
-        "trailing": set(),
-    }
+    accepted = {"linspace": {"drop_last", "integers"}, "leading": {"drop_last", "steps_offset"}, "trailing": set()}
     options = {**SAME_SPACING[name], "steps_offset": offset}
     options = {key: value for key, value in options.items() if key in accepted[spacing]}
     for n in COUNTS:
@@ -186,14 +182,8 @@ CONFIGS = [
     ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -2.0}),
     ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
     ("DPMSolverSinglestepScheduler", {}),
-    (
-        "DPMSolverMultistepScheduler",
-        {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"},
-    ),
-    (
-        "UniPCMultistepScheduler",
-        {"use_flow_sigmas": True, "flow_shift": 5.0, "prediction_type": "flow_prediction"},
-    ),
+    ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}),
+    ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 5.0, "prediction_type": "flow_prediction"}),
     ("UniPCMultistepScheduler", {"prediction_type": "v_prediction"}),
     ("DEISMultistepScheduler", {}),
     ("SASolverScheduler", {"timestep_spacing": "trailing"}),
@@ -216,9 +206,7 @@ def test_configs_give_the_sigmas_of_diffusers(name: str, arguments: dict) -> Non
     betas = {} if name.startswith(("Flow", "EDM")) else SD
     scheduler = getattr(diffusers, name)(**betas, **arguments)
     schedule, prediction, options = read_config(scheduler)
-    expected_prediction = (
-        "flow_prediction" if name.startswith("Flow") else scheduler.config.get("prediction_type")
-    )
+    expected_prediction = "flow_prediction" if name.startswith("Flow") else scheduler.config.get("prediction_type")
     assert prediction in (expected_prediction, EDMPrecond(0.5))
     n = 15
     scheduler.set_timesteps(n)
@@ -240,17 +228,12 @@ def test_configs_give_the_sigmas_of_diffusers(name: str, arguments: dict) -> Non
 def test_config_defaults_are_those_of_the_class(name: str) -> None:
     diffusers = pytest.importorskip("diffusers")
     full = dict(getattr(diffusers, name)().config)
-    assert from_diffusers_config({"_class_name": name}) == from_diffusers_config(
-        {**full, "_class_name": name}
-    )
+    assert from_diffusers_config({"_class_name": name}) == from_diffusers_config({**full, "_class_name": name})
 
 
 def test_strict_flow_shifts_once_and_dynamic_needs_mu() -> None:
     config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
-    last = [
-        make_times(s, 5, **o)[-2]
-        for s, _, o in (from_diffusers_config(config, strict=k) for k in (False, True))
-    ]
+    last = [make_times(s, 5, **o)[-2] for s, _, o in (from_diffusers_config(config, strict=k) for k in (False, True))]
     assert last == pytest.approx([0.00893, 0.002994], rel=1e-3)
     dynamic = {**config, "use_dynamic_shifting": True}
     with pytest.raises(ValueError, match="needs mu"):
@@ -301,11 +284,7 @@ def test_unsupported_configs_are_named(config: dict, message: str) -> None:
         ((VPLinear(), 10), {"t_start": 0.1, "t_end": 0.2}, "t_start = 0.1 must be above t_end = 0.2"),
         ((DISCRETE, 1001, "trailing"), {}, "more than the 1000 training timesteps; use fewer steps"),
         ((DISCRETE, 1000, "linspace"), {"drop_last": True}, "do not decrease; use fewer steps"),
-        (
-            (DISCRETE, 1000, "leading"),
-            {"steps_offset": 1},
-            r"outside \[-1, 999\]; use fewer steps or a smaller",
-        ),
+        ((DISCRETE, 1000, "leading"), {"steps_offset": 1}, r"outside \[-1, 999\]; use fewer steps or a smaller"),
         ((RectifiedFlow(), 10, "karras"), {}, "infinite at t_start = 1"),
         ((VPLinear(), 10, "logsnr"), {"t_end": 0.0}, "sigma is 0 at t_end"),
         ((RectifiedFlow(), 10, "exponential"), {"on": "time", "t_end": 0.0}, "give t_end > 0"),

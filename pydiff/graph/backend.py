@@ -161,8 +161,12 @@ class CudaGraphs:
         try:
             # The outer stream context puts the current stream back where the end of a broken capture raises, too.
             # thread_local: other threads of a server go on allocating and copying meanwhile.
-            with _one_capture, _no_collection(), torch.cuda.stream(torch.cuda.current_stream(device)), \
-                    torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with (
+                _one_capture,
+                _no_collection(),
+                torch.cuda.stream(torch.cuda.current_stream(device)),
+                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
                 body()
         except BaseException as error:
             cause = (failure or [error])[0]
@@ -240,6 +244,9 @@ def _mend(device: torch.device, pool: Any, stream: torch.cuda.Stream) -> None:
     with contextlib.suppress(RuntimeError, AttributeError):
         torch._C._cuda_endAllocateToPool(device.index, pool)  # raises where the allocator is in order
         torch._C._cuda_releasePool(device.index, pool)
-    with contextlib.suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream(device)), \
-            torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+    with (
+        contextlib.suppress(RuntimeError),
+        torch.cuda.stream(torch.cuda.current_stream(device)),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"),
+    ):
         torch.zeros(1, device=device)

@@ -16,8 +16,12 @@ from pydiff.ops.stage import StageTensors
 from pydiff.plan import Plan
 from pydiff.state import expand_operand
 
-_NUMPY: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64, torch.int32: np.int32,
-                                  torch.int64: np.int64}
+_NUMPY: dict[torch.dtype, Any] = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.int32: np.int32,
+    torch.int64: np.int64,
+}
 _ALIGNMENT = 16
 
 
@@ -32,7 +36,8 @@ class Tables:
         self.capacity = capacity
         fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "coefficients": ((capacity, table.COEFFICIENT_COLUMNS), dtype),
-            "indices": ((capacity, table.INDEX_COLUMNS), torch.int32), "seeds": ((rows,), torch.int64),
+            "indices": ((capacity, table.INDEX_COLUMNS), torch.int32),
+            "seeds": ((rows,), torch.int64),
             **{name: ((rows,), torch.int32) for name in ("cursor", "stop", "nonfinite")},
             **{name: ((rows,), dtype) for name in ("init_std", "start_scale", "start_noise")},
         }
@@ -50,8 +55,9 @@ class Tables:
         start, end, shape, kind = self._places[name]
         return self._bytes[start:end].view(kind).view(shape)
 
-    def write(self, plans: Sequence[Plan], row_plan: Sequence[int], indices: Sequence[np.ndarray],
-              seeds: Sequence[int]) -> None:
+    def write(
+        self, plans: Sequence[Plan], row_plan: Sequence[int], indices: Sequence[np.ndarray], seeds: Sequence[int]
+    ) -> None:
         """Fill everything for a run that begins; the host does not wait for the device."""
         key = [*map(id, plans), *row_plan, *map(id, indices)]
         if self._written is None or self._written[0] != key:
@@ -67,8 +73,10 @@ class Tables:
     def _image(self, plans: Sequence[Plan], row_plan: Sequence[int], indices: Sequence[np.ndarray]) -> np.ndarray:
         """The bytes that such plans fill the memory with, but for the seeds."""
         raw = np.zeros(len(self._bytes), np.uint8)
-        host = {name: raw[start:end].view(_NUMPY[kind]).reshape(shape)
-                for name, (start, end, shape, kind) in self._places.items()}
+        host = {
+            name: raw[start:end].view(_NUMPY[kind]).reshape(shape)
+            for name, (start, end, shape, kind) in self._places.items()
+        }
         first, starts, stops = 0, [], []
         for plan, own in zip(plans, indices):
             last = first + len(plan)
@@ -103,12 +111,21 @@ class Buffers:
         self.tensors = StageTensors(
             # All slots, so that any solver finds room.
             registers=torch.zeros((1 + table.NUM_SLOTS, *layout.shape), dtype=dtype, device=device),
-            cursor=self.tables["cursor"], stop=self.tables["stop"], seeds=self.tables["seeds"],
-            coefficients=self.tables["coefficients"], indices=self.tables["indices"], copies=layout.copies,
+            cursor=self.tables["cursor"],
+            stop=self.tables["stop"],
+            seeds=self.tables["seeds"],
+            coefficients=self.tables["coefficients"],
+            indices=self.tables["indices"],
+            copies=layout.copies,
             model_input=torch.zeros(model_shape, dtype=layout.model_dtype, device=device),
             model_time=torch.zeros(layout.copies * rows, dtype=dtype, device=device),
-            mask=own("mask"), known=own("known"), constant=own("constant"), extra=own("extra"), noise=noise,
-            nonfinite=self.tables["nonfinite"])
+            mask=own("mask"),
+            known=own("known"),
+            constant=own("constant"),
+            extra=own("extra"),
+            noise=noise,
+            nonfinite=self.tables["nonfinite"],
+        )
         self.remaining = torch.zeros(1, dtype=torch.int32, device=device)
         self.arguments = map_tensors(dict(arguments), lambda t: torch.empty_like(t, device=device, requires_grad=False))
 

@@ -55,15 +55,26 @@ class CaptureReport:
         if all(p.kind == "error" for p in self.problems):
             lines = [f"the loop could not be followed to its end ({seen})"]
         for p in self.problems:
-            lines += ["", f"{p.kind}: {p.what}", f"  {p.file}:{p.line} in {p.function}", f"    {p.code}",
-                      f"  {p.remedy}"]
+            lines += [
+                "",
+                f"{p.kind}: {p.what}",
+                f"  {p.file}:{p.line} in {p.function}",
+                f"    {p.code}",
+                f"  {p.remedy}",
+            ]
         if self.stopped_by is not None:
             lines += ["", f"There may be more: the run ended in {self.stopped_by}"]
         return "\n".join(lines)
 
 
-def check_capturable(model: Model | Sampler, x: torch.Tensor | Sequence[int], *, cond: Mapping[str, Any] | None = None,
-                     uncond: Mapping[str, Any] | None = None, **options: Any) -> CaptureReport:
+def check_capturable(
+    model: Model | Sampler,
+    x: torch.Tensor | Sequence[int],
+    *,
+    cond: Mapping[str, Any] | None = None,
+    uncond: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> CaptureReport:
     """What prevents the capture of a model's sampling loop in a CUDA graph, with file and line.
 
     The eager loop runs for a few steps on fake CUDA tensors: no GPU is needed, no memory is taken for the weights, and
@@ -89,13 +100,27 @@ def check_capturable(model: Model | Sampler, x: torch.Tensor | Sequence[int], *,
     modules = sampler.model.modules() if isinstance(sampler.model, nn.Module) else ()
     if any(p is not None and is_lazy(p) for module in modules for p in module._parameters.values()):
         raise ValueError("the model has lazy parameters: call it once first")
-    return check_plan(sampler.plan, sampler.model, _sample(x, sampler.dtype), cond=cond, uncond=uncond,
-                      dtype=sampler.dtype, model_dtype=sampler.model_dtype)
+    return check_plan(
+        sampler.plan,
+        sampler.model,
+        _sample(x, sampler.dtype),
+        cond=cond,
+        uncond=uncond,
+        dtype=sampler.dtype,
+        model_dtype=sampler.model_dtype,
+    )
 
 
-def check_plan(plan: Plan | Sequence[Plan], model: Model, x: torch.Tensor, *,
-               cond: Mapping[str, Any] | None = None, uncond: Mapping[str, Any] | None = None,
-               allocations: bool = False, **init_options: Any) -> CaptureReport:
+def check_plan(
+    plan: Plan | Sequence[Plan],
+    model: Model,
+    x: torch.Tensor,
+    *,
+    cond: Mapping[str, Any] | None = None,
+    uncond: Mapping[str, Any] | None = None,
+    allocations: bool = False,
+    **init_options: Any,
+) -> CaptureReport:
     """`check_capturable` for a plan (or one a row); allocations: judge also what the loop itself allocates.
 
     init_options: of `pydiff.init`: dtype, model_dtype, mask, known, constant, extra, noise.

@@ -53,9 +53,11 @@ class GraphStats:
     """Shapes of which calls run eagerly, and why."""
 
     def __str__(self) -> str:
-        lines = [f"{self.replays} calls replayed graphs, {self.eager} ran eagerly; {self.captures} captures "
-                 f"({self.recaptures} of changed models), {self.evictions} evictions",
-                 f"{self.graphs} graphs in {len(self.held)} loops, {self.bytes / 2**20:.1f} MiB"]
+        lines = [
+            f"{self.replays} calls replayed graphs, {self.eager} ran eagerly; {self.captures} captures "
+            f"({self.recaptures} of changed models), {self.evictions} evictions",
+            f"{self.graphs} graphs in {len(self.held)} loops, {self.bytes / 2**20:.1f} MiB",
+        ]
         lines += [f"  {loop}" for loop in self.held]
         return "\n".join([*lines, *(f"  eager: {refusal}" for refusal in self.refused)])
 
@@ -108,8 +110,10 @@ class CapturedLoop:
             self._stats.eager += 1
             return NotImplemented
         if self._backend.capturing(device):
-            raise RuntimeError("this sampler captures CUDA graphs, and was called while another capture is under way "
-                               "on the current stream; make it with graph=False to be captured, or call it outside")
+            raise RuntimeError(
+                "this sampler captures CUDA graphs, and was called while another capture is under way "
+                "on the current stream; make it with graph=False to be captured, or call it outside"
+            )
         with self._lock, self._backend.ordered(device):
             # A callback may call its own sampler, whose buffers are in use.
             program = None if self._running else self._program(request)
@@ -147,8 +151,11 @@ class CapturedLoop:
 
     def _drop_changed(self, difference: str) -> None:
         """Release every loop that no longer fits its model: what one of them noticed concerns the others too."""
-        self._warn("changed", f"{difference or 'the model changed'} since the loop was captured: it is captured anew. "
-                              "Change weights in place (copy_) to keep the graphs")
+        self._warn(
+            "changed",
+            f"{difference or 'the model changed'} since the loop was captured: it is captured anew. "
+            "Change weights in place (copy_) to keep the graphs",
+        )
         changed = [key for key, program in self._programs.items() if program.guard and not program.guard.holds()]
         for key in changed:
             self._drop(key)
@@ -161,8 +168,11 @@ class CapturedLoop:
             self._drop(next(iter(self._programs)))
             self._stats.evictions += 1
         if self._stats.evictions == 2 * self.max_graphs:
-            self._warn("turns", "calls take turns with more shapes and conditions than max_graphs, and capture again "
-                                "and again: raise max_graphs, and make objects in cond once")
+            self._warn(
+                "turns",
+                "calls take turns with more shapes and conditions than max_graphs, and capture again "
+                "and again: raise max_graphs, and make objects in cond once",
+            )
         program = None
         try:
             with as_captured(device):
@@ -266,11 +276,22 @@ class CapturedLoop:
     def stats(self) -> GraphStats:
         """Counts since the sampler was made, and what it holds now."""
         s, programs, refused = self._stats, list(self._programs.values()), list(self._refused.values())
-        held = [f"{list(p.layout.shape)} {str(p.layout.model_dtype).removeprefix('torch.')}, {p.mode}, {p.graphs} "
-                f"graphs, {p.replays} runs" for p in programs]
-        return GraphStats(s.captures, s.recaptures, s.evictions, s.replays, s.eager, held,
-                          sum(p.graphs for p in programs), sum(p.bytes for p in programs),
-                          [f"{r.shape}: {r.reason}" for r in refused])
+        held = [
+            f"{list(p.layout.shape)} {str(p.layout.model_dtype).removeprefix('torch.')}, {p.mode}, {p.graphs} "
+            f"graphs, {p.replays} runs"
+            for p in programs
+        ]
+        return GraphStats(
+            s.captures,
+            s.recaptures,
+            s.evictions,
+            s.replays,
+            s.eager,
+            held,
+            sum(p.graphs for p in programs),
+            sum(p.bytes for p in programs),
+            [f"{r.shape}: {r.reason}" for r in refused],
+        )
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
@@ -307,5 +328,11 @@ def _key(request: Request) -> Hashable:
     """What a captured loop is bound to. Everything else is a matter of what lies in its buffers, or of its guard."""
     model = request.model
     training = model.training if isinstance(model, nn.Module) else None
-    return (_Identity(model), training, request.layout, request.hoist, structure(request.arguments),
-            settings(request.layout.device))
+    return (
+        _Identity(model),
+        training,
+        request.layout,
+        request.hoist,
+        structure(request.arguments),
+        settings(request.layout.device),
+    )

@@ -107,8 +107,10 @@ def _raw_graph(stage_graph: Any) -> int:
     try:
         return stage_graph.raw_cuda_graph()
     except RuntimeError as error:
-        raise ValueError("stage_graph holds no graph to copy: make it with torch.cuda.CUDAGraph(keep_graph=True) "
-                         f"and capture a stage first ({error})") from None
+        raise ValueError(
+            "stage_graph holds no graph to copy: make it with torch.cuda.CUDAGraph(keep_graph=True) "
+            f"and capture a stage first ({error})"
+        ) from None
 
 
 def _check(cursor: torch.Tensor, stop: torch.Tensor, remaining: torch.Tensor) -> None:

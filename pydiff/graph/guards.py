@@ -46,10 +46,22 @@ def settings(device: torch.device) -> tuple[Any, ...]:
     except RuntimeError:  # set by the newer names, beside which the older ones cannot be asked
         precision = (matmul.fp32_precision, cudnn.conv.fp32_precision)
     sdp = torch.backends.cuda
-    return (autocast, torch.get_default_dtype(), *precision, cudnn.enabled, cudnn.benchmark, cudnn.deterministic,
-            matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction,
-            getattr(matmul, "allow_fp16_accumulation", None), sdp.flash_sdp_enabled(), sdp.mem_efficient_sdp_enabled(),
-            sdp.math_sdp_enabled(), sdp.cudnn_sdp_enabled(), torch.are_deterministic_algorithms_enabled())
+    return (
+        autocast,
+        torch.get_default_dtype(),
+        *precision,
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+        getattr(matmul, "allow_fp16_accumulation", None),
+        sdp.flash_sdp_enabled(),
+        sdp.mem_efficient_sdp_enabled(),
+        sdp.math_sdp_enabled(),
+        sdp.cudnn_sdp_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 class Guard:
@@ -115,9 +127,13 @@ class Guard:
 
     def _now(self) -> _Snapshot:
         return _Snapshot(
-            [getter(holder) for _, _, getter, holder in self._fields], [*map(len, self._holders)],
-            [*map(type, self._modules)], [*map(Tensor.data_ptr, self._plain)], [*map(_DTYPE, self._plain)],
-            [_addresses(t) for t in self._wrapped])
+            [getter(holder) for _, _, getter, holder in self._fields],
+            [*map(len, self._holders)],
+            [*map(type, self._modules)],
+            [*map(Tensor.data_ptr, self._plain)],
+            [*map(_DTYPE, self._plain)],
+            [_addresses(t) for t in self._wrapped],
+        )
 
     def _visit(self, name: str, value: Any, depth: int) -> None:
         if isinstance(value, _SCALARS) or id(value) in self._seen:
@@ -229,8 +245,11 @@ def _identities(container: Any) -> list[int]:
 
 def _is_object(value: Any) -> bool:
     """Whether a value is an object of somebody's class, whose attributes say what it does."""
-    return hasattr(value, "__dict__") and not isinstance(value, (type, *_CALLABLES)) \
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, (type, *_CALLABLES))
         and type(value).__module__ not in ("builtins", "threading", "logging", "collections")
+    )
 
 
 def _closure(function: FunctionType) -> tuple[Any, ...]:

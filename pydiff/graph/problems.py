@@ -16,21 +16,28 @@ import torch
 
 from pydiff import fake_cuda, fake_cuda_functions
 
-Kind = Literal["host synchronisation", "data-dependent shape", "host-to-device copy", "CPU tensor", "allocation",
-               "changes from call to call", "error"]
+Kind = Literal[
+    "host synchronisation",
+    "data-dependent shape",
+    "host-to-device copy",
+    "CPU tensor",
+    "allocation",
+    "changes from call to call",
+    "error",
+]
 
 REMEDIES: dict[Kind, str] = {
     "host synchronisation": "keep values on the device (torch.where in place of if), or compute them before sampling",
     "data-dependent shape": "keep the shape: torch.where(mask, a, b), Tensor.masked_fill or multiplying by the mask",
     "host-to-device copy": "make it on the device (torch.arange(..., device=x.device), torch.full), or keep it as a "
-                           "buffer of the module",
+    "buffer of the module",
     "CPU tensor": "make it on the device with device=x.device, or before sampling: a graph would repeat its first "
-                  "content",
+    "content",
     "allocation": "write into memory that is there before the loop (out=, copy_, add_)",
     "changes from call to call": "a graph repeats what it has captured: let tensors on the device (the time, say) "
-                                 "decide, and not attributes or counters in Python",
+    "decide, and not attributes or counters in Python",
     "error": "call the model itself to see whether it is wrong; where it works, there is no fake kernel for what it "
-             "does, and only a GPU can tell",
+    "does, and only a GPU can tell",
 }
 
 
@@ -108,7 +115,8 @@ def _place(code: CodeType, line: int) -> Place:
 
 _FOLDERS = (os.path.dirname(torch.__file__) + os.sep, "<frozen ")
 _FILES = {str(module.__file__) for module in (contextlib, functools, fake_cuda, fake_cuda_functions)} | {
-    os.path.join(os.path.dirname(__file__), name) for name in ("problems.py", "watch.py", "capturable.py")}
+    os.path.join(os.path.dirname(__file__), name) for name in ("problems.py", "watch.py", "capturable.py")
+}
 
 
 @functools.cache

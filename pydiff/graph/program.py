@@ -131,8 +131,9 @@ class Program:
             self._graphs = {"begin": begin, "stage": self._captured("stage", lambda: self.advance(1), self._keep)}
         if mode == "device" and "device" not in self._graphs:
             t = self.buffers.tensors
-            self._graphs["device"] = self._backend.device_loop(self._graphs["stage"], t.cursor, t.stop,
-                                                               self.buffers.remaining)
+            self._graphs["device"] = self._backend.device_loop(
+                self._graphs["stage"], t.cursor, t.stop, self.buffers.remaining
+            )
         self.mode = mode
 
     def _captured(self, key: Any, work: Any, keep: bool = False) -> Graph:
@@ -178,8 +179,11 @@ class Program:
             self._segments[key] = self._captured(key, work)
         except RuntimeError as error:
             self._refused = f"{type(error).__name__}: {str(error):.200}"
-            warnings.warn(f"pydiff: {stages} stages cannot be captured in one graph, each is replayed on its own: "
-                          f"{self._refused}", stacklevel=2)
+            warnings.warn(
+                f"pydiff: {stages} stages cannot be captured in one graph, each is replayed on its own: "
+                f"{self._refused}",
+                stacklevel=2,
+            )
             return None
         self._longest = max(self._longest, stages)
         return self._segments[key]

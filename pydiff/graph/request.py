@@ -115,13 +115,29 @@ def make_request(
     guided = any(p.guided for p in plans)
     present = {name: value for name, value in operands.items() if value is not None}
     starts = any(p.start_scale != 1 or p.start_noise != 0 for p in plans)
-    layout = Layout(device, shape, dtype, model_dtype, 2 if guided else 1, tuple(present), round_up(kept), x is None,
-                    starts)
+    layout = Layout(
+        device, shape, dtype, model_dtype, 2 if guided else 1, tuple(present), round_up(kept), x is None, starts
+    )
     total = max((len(plans[k]) for k in set(row_plan)), default=0)
     return Request(
-        layout, model, plans, row_plan, [p.indices for p in plans] if source is None else [source.indices], x,
-        seeds or seed_values(seed, shape[0]), source, total, model_arguments(cond, uncond, guided, shape[0]), present,
-        callback, callback_stages(callback, callback_steps, total), progress, return_trajectory, check_finite, hoist)
+        layout,
+        model,
+        plans,
+        row_plan,
+        [p.indices for p in plans] if source is None else [source.indices],
+        x,
+        seeds or seed_values(seed, shape[0]),
+        source,
+        total,
+        model_arguments(cond, uncond, guided, shape[0]),
+        present,
+        callback,
+        callback_stages(callback, callback_steps, total),
+        progress,
+        return_trajectory,
+        check_finite,
+        hoist,
+    )
 
 
 def round_up(number: int) -> int:

@@ -92,5 +92,7 @@ def check_device(model: Any, device: torch.device) -> None:
     elsewhere = ", ".join(sorted(str(d) for d in devices - {device}))
     moves = any(hasattr(module, "_hf_hook") for module in model.modules())
     if device not in devices and not moves:
-        raise ValueError(f"the model is on {elsewhere}, but the samples are on {device}: move the model with .to(...), "
-                         "or give device=")
+        raise ValueError(
+            f"the model is on {elsewhere}, but the samples are on {device}: move the model with .to(...), "
+            "or give device="
+        )

@@ -144,16 +144,12 @@ class UNet(nn.Module):
 
         levels = range(len(channels))
         self.conv_in = nn.Conv2d(self.sample_shape[0], channels[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            nn.ModuleList(block(i, channels[i]) for _ in range(blocks[i])) for i in levels
-        )
+        self.down = nn.ModuleList(nn.ModuleList(block(i, channels[i]) for _ in range(blocks[i])) for i in levels)
         self.downsample = nn.ModuleList(
             nn.Conv2d(channels[i], channels[i + 1], 3, stride=2, padding=1) for i in levels[:-1]
         )
         self.middle = nn.ModuleList([block(levels[-1], channels[-1]), block(levels[-1], channels[-1])])
-        self.up = nn.ModuleList(
-            nn.ModuleList(block(i, 2 * channels[i]) for _ in range(blocks[i])) for i in levels
-        )
+        self.up = nn.ModuleList(nn.ModuleList(block(i, 2 * channels[i]) for _ in range(blocks[i])) for i in levels)
         self.upsample = nn.ModuleList(Upsample(channels[i + 1], channels[i]) for i in levels[:-1])
         self.norm_out = nn.GroupNorm(groups, channels[0])
         self.conv_out = nn.Conv2d(channels[0], self.sample_shape[0], 3, padding=1)

@@ -149,12 +149,7 @@ def _check_mask(mask: torch.Tensor, q: torch.Tensor, lk: int) -> torch.Tensor:
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    scale: float | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Tensor | None = None, scale: float | None = None
 ) -> torch.Tensor:
     """softmax(scale q k^T) v, [B, H, Lq, D], whose memory is [B, Lq, H, D] whichever backend ran.
 

@@ -24,13 +24,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pydiff.ops import triton_ops
-from pydiff.ops.attention import (
-    attention_kernel,
-    can_use_attention,
-    expanded_mask,
-    sequence_major,
-    without_dead_rows,
-)
+from pydiff.ops.attention import attention_kernel, can_use_attention, expanded_mask, sequence_major, without_dead_rows
 from pydiff.ops.measured import Choice, Measured
 
 HALF = (torch.bfloat16, torch.float16)
@@ -88,8 +82,12 @@ class Chooser:
         order: the names to try, best first, where nothing is remembered.
     """
 
-    def __init__(self, backends: Mapping[str, Backend], measured: Measured | None = None,
-                 order: Callable[[Call], tuple[str, ...]] = likely) -> None:
+    def __init__(
+        self,
+        backends: Mapping[str, Backend],
+        measured: Measured | None = None,
+        order: Callable[[Call], tuple[str, ...]] = likely,
+    ) -> None:
         self.backends, self.measured, self._order = backends, measured or Measured(), order
 
     def run(self, call: Call) -> torch.Tensor:
@@ -142,8 +140,9 @@ class Chooser:
         except Exception as error:
             if not few:
                 return self._fastest(call, True)
-            raise RuntimeError(f"no attention backend runs {tuple(call.q.shape)}, {call.q.dtype}: "
-                               f"{type(error).__name__}: {error}") from error
+            raise RuntimeError(
+                f"no attention backend runs {tuple(call.q.shape)}, {call.q.dtype}: {type(error).__name__}: {error}"
+            ) from error
 
     def _fastest(self, call: Call, math: bool) -> str | None:
         candidates: dict[str, Any] = {}

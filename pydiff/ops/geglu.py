@@ -132,9 +132,7 @@ def can_use_geglu(x: torch.Tensor) -> triton_ops.Usable:
     return triton_ops.can_use("geglu", x)
 
 
-def can_use_linear_geglu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> triton_ops.Usable:
+def can_use_linear_geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> triton_ops.Usable:
     usable = triton_ops.can_use("linear_geglu", x, weight, bias)
     if not usable[0]:
         return usable

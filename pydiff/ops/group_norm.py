@@ -1,8 +1,8 @@
 """GroupNorm and its neighbours in a U-Net block: what is added before, modulation and SiLU after, in one pass or two.
 
-    s = cat(x, x2) + add + residual                    [N, C, *spatial], the parts that are given
-    y = activation(norm(s) * weight + bias)            statistics of a group: all its channels and positions
-    y = activation((norm(s) * weight + bias) * (1 + scale) + shift)          with scale and shift
+s = cat(x, x2) + add + residual                    [N, C, *spatial], the parts that are given
+y = activation(norm(s) * weight + bias)            statistics of a group: all its channels and positions
+y = activation((norm(s) * weight + bias) * (1 + scale) + shift)          with scale and shift
 """
 
 from __future__ import annotations
@@ -63,8 +63,16 @@ def _like(x: Tensor, channels: int, nhwc: bool) -> Tensor:
 
 def _plan(x: Tensor, x2: Tensor | None, num_groups: int, nhwc: bool) -> Plan:
     more = 0 if x2 is None else int(x2.shape[1])
-    return select(int(x.shape[0]), int(x.shape[1]), more, int(x.shape[2:].numel()), int(num_groups), x.element_size(),
-                  nhwc, triton_ops.multiprocessors(x.device))
+    return select(
+        int(x.shape[0]),
+        int(x.shape[1]),
+        more,
+        int(x.shape[2:].numel()),
+        int(num_groups),
+        x.element_size(),
+        nhwc,
+        triton_ops.multiprocessors(x.device),
+    )
 
 
 def _rows(values: Tensor | None) -> tuple[Tensor | None, int]:
@@ -87,11 +95,13 @@ def group_norm_kernel(
     nhwc = _channels_last(x)
     if nhwc is None:
         x, nhwc = x.contiguous(), x.ndim == 2
-    others = [t if t is None or _channels_last(t) == nhwc else _like(t, t.shape[1], nhwc).copy_(t)
-              for t in (x2, residual)]
+    others = [
+        t if t is None or _channels_last(t) == nhwc else _like(t, t.shape[1], nhwc).copy_(t) for t in (x2, residual)
+    ]
     x2, residual = others
     (weight, _), (bias, _), (add, add_stride), (scale, scale_stride), (shift, shift_stride) = map(
-        _rows, (weight, bias, add, scale, shift))
+        _rows, (weight, bias, add, scale, shift)
+    )
     channels1, channels2 = x.shape[1], 0 if x2 is None else x2.shape[1]
     positions = x.shape[2:].numel()
     plan = _plan(x, x2, num_groups, nhwc)
@@ -100,20 +110,76 @@ def group_norm_kernel(
     s = None if residual is None else _like(x, channels1, nhwc)
     if plan.chunks == 0:
         triton_ops.launch(
-            kernels.group_norm_fused_kernel, (plan.programs,), x, x2, add, residual, s, y, weight, bias, scale, shift,
-            positions, channels1, channels2, add_stride, scale_stride, shift_stride, eps, SILU=silu, **plan.statistics)
+            kernels.group_norm_fused_kernel,
+            (plan.programs,),
+            x,
+            x2,
+            add,
+            residual,
+            s,
+            y,
+            weight,
+            bias,
+            scale,
+            shift,
+            positions,
+            channels1,
+            channels2,
+            add_stride,
+            scale_stride,
+            shift_stride,
+            eps,
+            SILU=silu,
+            **plan.statistics,
+        )
         return y if s is None else (y, s)
     cpg = (channels1 + channels2) // num_groups
     parts = torch.empty((x.shape[0], plan.chunks, plan.parts, 2, num_groups), dtype=torch.float32, device=x.device)
     triton_ops.launch(
-        kernels.group_norm_statistics_kernel, (plan.programs,), x, x2, add, residual, s, parts, positions, channels1,
-        channels2, num_groups, cpg, plan.chunks, add_stride, **plan.statistics)
+        kernels.group_norm_statistics_kernel,
+        (plan.programs,),
+        x,
+        x2,
+        add,
+        residual,
+        s,
+        parts,
+        positions,
+        channels1,
+        channels2,
+        num_groups,
+        cpg,
+        plan.chunks,
+        add_stride,
+        **plan.statistics,
+    )
     if s is not None:
         x, add, add_stride = s, None, 0
     triton_ops.launch(
-        kernels.group_norm_apply_kernel, (plan.apply_programs,), x, x2, add, parts, y, weight, bias, scale, shift,
-        positions, channels1, channels2, num_groups, cpg, plan.chunks, add_stride, scale_stride, shift_stride, eps,
-        SILU=silu, **plan.apply)
+        kernels.group_norm_apply_kernel,
+        (plan.apply_programs,),
+        x,
+        x2,
+        add,
+        parts,
+        y,
+        weight,
+        bias,
+        scale,
+        shift,
+        positions,
+        channels1,
+        channels2,
+        num_groups,
+        cpg,
+        plan.chunks,
+        add_stride,
+        scale_stride,
+        shift_stride,
+        eps,
+        SILU=silu,
+        **plan.apply,
+    )
     return y if s is None else (y, s)
 
 
@@ -144,9 +210,18 @@ def _check_channels(name: str, values: Tensor | None, samples: int, channels: in
         raise ValueError(f"{name} must be a float tensor, got {values.dtype}; convert it with .float()")
 
 
-def _check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, activation: str | None,
-           x2: Tensor | None, add: Tensor | None, residual: Tensor | None, scale: Tensor | None,
-           shift: Tensor | None) -> None:
+def _check(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    x2: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> None:
     if x.ndim < 2 or not x.is_floating_point():
         raise ValueError(f"x must be a float tensor [N, C, *spatial], got {x.dtype} {tuple(x.shape)}")
     if activation not in (None, "silu"):
@@ -164,16 +239,24 @@ def _check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | Non
     channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels, got {num_groups}")
-    for name, values, rows in (("weight", weight, False), ("bias", bias, False), ("add", add, True),
-                               ("scale", scale, True), ("shift", shift, True)):
+    for name, values, rows in (
+        ("weight", weight, False),
+        ("bias", bias, False),
+        ("add", add, True),
+        ("scale", scale, True),
+        ("shift", shift, True),
+    ):
         _check_channels(name, values, x.shape[0], channels, rows)
 
 
-_SIGNATURE = ("(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, str? activation=None, "
-              "Tensor? x2=None, Tensor? add=None, Tensor? residual=None, Tensor? scale=None, Tensor? shift=None)")
+_SIGNATURE = (
+    "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, str? activation=None, "
+    "Tensor? x2=None, Tensor? add=None, Tensor? residual=None, Tensor? scale=None, Tensor? shift=None)"
+)
 _group_norm = triton_ops.define(f"group_norm{_SIGNATURE} -> Tensor", group_norm_kernel, group_norm_reference)
 _group_norm_residual = triton_ops.define(
-    f"group_norm_residual{_SIGNATURE} -> (Tensor, Tensor)", group_norm_kernel, group_norm_reference)
+    f"group_norm_residual{_SIGNATURE} -> (Tensor, Tensor)", group_norm_kernel, group_norm_reference
+)
 
 
 def group_norm(
@@ -199,8 +282,14 @@ def group_norm(
         scale, shift: [N, channels], together: the norm is multiplied by 1 + scale, shift added.
     """
     _check(x, num_groups, weight, bias, activation, x2, add, residual, scale, shift)
-    more: dict[str, Any] = {"activation": activation, "x2": x2, "add": add, "residual": residual, "scale": scale,
-                            "shift": shift}
+    more: dict[str, Any] = {
+        "activation": activation,
+        "x2": x2,
+        "add": add,
+        "residual": residual,
+        "scale": scale,
+        "shift": shift,
+    }
     fast, reason = can_use_group_norm(x, weight, bias, x2, add, residual, scale, shift)
     if not fast:
         triton_ops.refused("group_norm", x, reason)

@@ -125,6 +125,4 @@ def _normal_fake(seeds: torch.Tensor, draw: int, sample_shape: Sequence[int]) ->
     return seeds.new_empty((seeds.shape[0], *sample_shape), dtype=torch.float32)
 
 
-_normal_op = library.define(
-    "normal(Tensor seeds, int draw, SymInt[] sample_shape) -> Tensor", _normal, _normal_fake
-)
+_normal_op = library.define("normal(Tensor seeds, int draw, SymInt[] sample_shape) -> Tensor", _normal, _normal_fake)

@@ -202,8 +202,10 @@ def check_model_output(t: StageTensors, m: torch.Tensor) -> None:
     """Raise unless `m` is a model output that fits `t`. Cheap enough for every stage."""
     expected = (t.copies * t.rows, *t.sample_shape)
     if not isinstance(m, torch.Tensor):
-        raise TypeError(f"the model returned {type(m).__name__}, expected a tensor of shape {list(expected)}; "
-                        "wrap it so that it returns the tensor alone, e.g. lambda x, t: net(x, t).sample")
+        raise TypeError(
+            f"the model returned {type(m).__name__}, expected a tensor of shape {list(expected)}; "
+            "wrap it so that it returns the tensor alone, e.g. lambda x, t: net(x, t).sample"
+        )
     if m.shape != expected:
         raise ValueError(f"the model returned shape {list(m.shape)}, expected {list(expected)} like its input")
     if m.dtype not in MODEL_DTYPES:
@@ -223,10 +225,14 @@ def check_tensors(t: StageTensors) -> None:
         raise ValueError(f"copies must be 1 or 2, got {t.copies}")
     stages, scalar, draws = t.coefficients.shape[0], registers.dtype, 0 if t.noise is None else t.noise.shape[0]
     expected = {
-        "registers": (tuple(registers.shape), scalar), "cursor": ((rows,), torch.int32),
-        "stop": ((rows,), torch.int32), "seeds": ((rows,), torch.int64), "nonfinite": ((rows,), torch.int32),
+        "registers": (tuple(registers.shape), scalar),
+        "cursor": ((rows,), torch.int32),
+        "stop": ((rows,), torch.int32),
+        "seeds": ((rows,), torch.int64),
+        "nonfinite": ((rows,), torch.int32),
         "coefficients": ((stages, table.COEFFICIENT_COLUMNS), scalar),
-        "indices": ((stages, table.INDEX_COLUMNS), torch.int32), "model_time": ((t.copies * rows,), scalar),
+        "indices": ((stages, table.INDEX_COLUMNS), torch.int32),
+        "model_time": ((t.copies * rows,), scalar),
     }
     for name, (shape, dtype) in expected.items():
         _check_tensor(t, name, shape, (dtype,))
@@ -289,8 +295,24 @@ def _stage(t: StageTensors, m: torch.Tensor) -> None:
 
 
 def _through_operator(t: StageTensors, m: torch.Tensor) -> None:
-    _stage_op(m, t.registers, t.cursor, t.stop, t.seeds, t.coefficients, t.indices, t.copies, t.model_input,
-              t.model_time, t.mask, t.known, t.constant, t.extra, t.noise, t.nonfinite)
+    _stage_op(
+        m,
+        t.registers,
+        t.cursor,
+        t.stop,
+        t.seeds,
+        t.coefficients,
+        t.indices,
+        t.copies,
+        t.model_input,
+        t.model_time,
+        t.mask,
+        t.known,
+        t.constant,
+        t.extra,
+        t.noise,
+        t.nonfinite,
+    )
 
 
 def _stage_flat(m: torch.Tensor, *fields: Any) -> None:

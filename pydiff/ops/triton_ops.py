@@ -142,8 +142,9 @@ def _signature(schema: str) -> inspect.Signature:
     for argument in parsed.arguments:
         kind = inspect.Parameter.KEYWORD_ONLY if argument.kwarg_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
         default = argument.default_value if argument.has_default_value() else inspect.Parameter.empty
-        parameters.append(inspect.Parameter(argument.name, kind, default=default,
-                                            annotation=_type(argument.type.annotation_str)))
+        parameters.append(
+            inspect.Parameter(argument.name, kind, default=default, annotation=_type(argument.type.annotation_str))
+        )
     returned = tuple(_type(value.type.annotation_str) for value in parsed.returns)
     result = returned[0] if len(returned) == 1 else tuple[returned]  # type: ignore[valid-type]
     return inspect.Signature(parameters, return_annotation=result)

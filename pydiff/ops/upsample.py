@@ -21,22 +21,19 @@ from pydiff.ops.measured import Measured
 # Whether the folded way is the faster one, for each shape on each device.
 measured = Measured()
 
+
 def upsample_conv2d_launches() -> int:
     """Kernels that one `upsample_conv2d` launches in the folded way: fold, convolve, interleave."""
     return 3
 
 
-def upsample_conv2d_reference(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def upsample_conv2d_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
 
 
 def _channels_last(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether PyTorch's convolution would answer in channels_last."""
-    return any(
-        t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight)
-    )
+    return any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight))
 
 
 def upsample_conv2d_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -132,7 +129,5 @@ def _traced(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 _op = triton_ops.define(
-    "upsample_conv2d(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    _traced,
-    upsample_conv2d_reference,
+    "upsample_conv2d(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _traced, upsample_conv2d_reference
 )

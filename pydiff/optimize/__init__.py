@@ -24,13 +24,16 @@ MemoryFormat = torch.memory_format | Literal["auto"] | None
 
 
 @overload
-def optimize(model: M, *, report: Literal[False] = False, memory_format: MemoryFormat = "auto",
-             fold_upsampling: bool = False) -> M: ...
+def optimize(
+    model: M, *, report: Literal[False] = False, memory_format: MemoryFormat = "auto", fold_upsampling: bool = False
+) -> M: ...
 @overload
-def optimize(model: M, *, report: Literal[True], memory_format: MemoryFormat = "auto",
-             fold_upsampling: bool = False) -> tuple[M, Report]: ...
-def optimize(model: M, *, report: bool = False, memory_format: MemoryFormat = "auto",
-             fold_upsampling: bool = False) -> M | tuple[M, Report]:
+def optimize(
+    model: M, *, report: Literal[True], memory_format: MemoryFormat = "auto", fold_upsampling: bool = False
+) -> tuple[M, Report]: ...
+def optimize(
+    model: M, *, report: bool = False, memory_format: MemoryFormat = "auto", fold_upsampling: bool = False
+) -> M | tuple[M, Report]:
     """Make a model faster in place: fused kernels, no needless operations, channels-last, hoisting made possible.
 
     The model stays the same object, with its parameters, hooks, `state_dict` and pickling; `restore` gives back what
@@ -80,8 +83,11 @@ def optimize(model: M, *, report: bool = False, memory_format: MemoryFormat = "a
             chosen.remove((entry, module, rule))
     _to_memory_format(model, memory_format)
     if not any(is_fused(module) for module in model.modules()):
-        warnings.warn(f"pydiff.optimize: nothing in {type(model).__name__} is known, it runs as before"
-                      + (f" ({left[0][0].name or left[0][0].cls}: {left[0][0].what})" if left else ""), stacklevel=3)
+        warnings.warn(
+            f"pydiff.optimize: nothing in {type(model).__name__} is known, it runs as before"
+            + (f" ({left[0][0].name or left[0][0].cls}: {left[0][0].what})" if left else ""),
+            stacklevel=3,
+        )
     if not report:
         return model
     # A module that its parent has seen to (SD3's joint attention) is not one that was left.
@@ -110,15 +116,18 @@ def restore(model: M) -> M:
 
 def _check(model: Any, memory_format: Any) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}"
-                        + ("; give its parts, pipe.unet and pipe.vae" if hasattr(model, "scheduler") else ""))
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}"
+            + ("; give its parts, pipe.unet and pipe.vae" if hasattr(model, "scheduler") else "")
+        )
     if hasattr(model, "_orig_mod"):
         raise TypeError("model is compiled by torch.compile; optimize the module first, then compile it")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is TorchScript; give the torch.nn.Module it was made from")
     if memory_format not in ("auto", None, torch.channels_last, torch.contiguous_format):
-        raise ValueError('memory_format must be "auto", None, torch.channels_last or torch.contiguous_format, '
-                         f"got {memory_format!r}")
+        raise ValueError(
+            f'memory_format must be "auto", None, torch.channels_last or torch.contiguous_format, got {memory_format!r}'
+        )
 
 
 def _to_memory_format(model: nn.Module, memory_format: MemoryFormat) -> None:
@@ -138,8 +147,10 @@ def _to_memory_format(model: nn.Module, memory_format: MemoryFormat) -> None:
 def _notes(model: nn.Module) -> Iterator[str]:
     devices = {p.device.type for p in model.parameters()}
     if devices - {"cuda"}:
-        yield (f"parameters are on {', '.join(sorted(devices))}: Triton kernels run on CUDA devices, elsewhere the "
-               "fused operations are plain PyTorch")
+        yield (
+            f"parameters are on {', '.join(sorted(devices))}: Triton kernels run on CUDA devices, elsewhere the "
+            "fused operations are plain PyTorch"
+        )
     if model.training:
         yield "the model is in training mode, in which it runs as before: call model.eval()"
 

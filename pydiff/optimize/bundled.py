@@ -94,12 +94,15 @@ def _prepare(model: Any) -> None:
 
 _HERE = "pydiff.models.unet"
 RULES = (
-    Rule((f"{_HERE}.ResBlock",), FusedResBlock,
-         "GroupNorm+SiLU, bias and embedding in the norm, one residual operation"),
+    Rule(
+        (f"{_HERE}.ResBlock",), FusedResBlock, "GroupNorm+SiLU, bias and embedding in the norm, one residual operation"
+    ),
     Rule((f"{_HERE}.SelfAttention",), FusedSelfAttention, "tokens without a copy; the fastest attention backend"),
-    Rule((f"{_HERE}.Upsample",), FusedUpsample, "upsampling folded into the convolution",
-         option="fold_upsampling"),
-    Rule((f"{_HERE}.UNet",), FusedUNet,
-         "skip connections read without concatenation; last norm with SiLU; embeddings can be hoisted",
-         prepare=_prepare),
+    Rule((f"{_HERE}.Upsample",), FusedUpsample, "upsampling folded into the convolution", option="fold_upsampling"),
+    Rule(
+        (f"{_HERE}.UNet",),
+        FusedUNet,
+        "skip connections read without concatenation; last norm with SiLU; embeddings can be hoisted",
+        prepare=_prepare,
+    ),
 )

@@ -25,8 +25,13 @@ PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 
 
 class FusedAttention(Fused):
-    def forward(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-                attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """diffusers' Attention on tokens [B, L, C] or an image [B, C, H, W]; the context may be hoisted."""
         extra = [name for name, value in kwargs.items() if value is not None and name != "temb"]
         if extra or refuse_attention(self) or not ready(self, hidden_states):
@@ -107,16 +112,38 @@ class FusedGEGLU(Fused):
 
 
 class FusedBasicTransformerBlock(Fused):
-    def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None,
-                encoder_hidden_states: Tensor | None = None, encoder_attention_mask: Tensor | None = None,
-                timestep: Any = None, cross_attention_kwargs: dict[str, Any] | None = None, class_labels: Any = None,
-                added_cond_kwargs: Any = None) -> Tensor:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Any = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Any = None,
+        added_cond_kwargs: Any = None,
+    ) -> Tensor:
         if cross_attention_kwargs or not ready(self, hidden_states) or refuse_transformer_block(self):
-            return super().forward(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask,
-                                   timestep, cross_attention_kwargs, class_labels, added_cond_kwargs)
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                timestep,
+                cross_attention_kwargs,
+                class_labels,
+                added_cond_kwargs,
+            )
         if self.norm_type in ADAPTIVE:
-            return ADAPTIVE[self.norm_type](self, hidden_states, attention_mask, encoder_hidden_states,
-                                            encoder_attention_mask, timestep, class_labels)
+            return ADAPTIVE[self.norm_type](
+                self,
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                timestep,
+                class_labels,
+            )
         x = hidden_states
         y, x = layer_norm_of(self.norm1, x)
         y = self.attn1(y, encoder_hidden_states if self.only_cross_attention else None, attention_mask)
@@ -152,8 +179,14 @@ def refuse_transformer_block(block: Any) -> str | None:
 class FusedTransformer2DModel(Fused):
     """A transformer over an image [B, C, H, W]: GroupNorm, projection, blocks, projection, residual."""
 
-    def forward(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any,
-                return_dict: bool = True, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *args: Any,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
         simple = not any(value is not None for value in (*args, *kwargs.values()))
         if not simple or not ready(self, hidden_states) or not self._plain():
             return super().forward(hidden_states, encoder_hidden_states, *args, return_dict=return_dict, **kwargs)
@@ -181,11 +214,23 @@ def _refuse_transformer(module: Any) -> str | None:
 
 _MODELS = "diffusers.models"
 RULES = (
-    Rule((f"{_MODELS}.attention_processor.Attention",), FusedAttention,
-         "one product for Q, K and V; the fastest attention backend", refuse_attention),
+    Rule(
+        (f"{_MODELS}.attention_processor.Attention",),
+        FusedAttention,
+        "one product for Q, K and V; the fastest attention backend",
+        refuse_attention,
+    ),
     Rule((f"{_MODELS}.activations.GEGLU",), FusedGEGLU, "GEGLU in the epilogue of its matrix product"),
-    Rule((f"{_MODELS}.attention.BasicTransformerBlock",), FusedBasicTransformerBlock,
-         "residual additions inside LayerNorm", refuse_transformer_block),
-    Rule((f"{_MODELS}.transformers.transformer_2d.Transformer2DModel",), FusedTransformer2DModel,
-         "projections without a change of layout", _refuse_transformer),
+    Rule(
+        (f"{_MODELS}.attention.BasicTransformerBlock",),
+        FusedBasicTransformerBlock,
+        "residual additions inside LayerNorm",
+        refuse_transformer_block,
+    ),
+    Rule(
+        (f"{_MODELS}.transformers.transformer_2d.Transformer2DModel",),
+        FusedTransformer2DModel,
+        "projections without a change of layout",
+        _refuse_transformer,
+    ),
 )

@@ -30,8 +30,14 @@ from pydiff.optimize.swap import Fused, Rule, ready
 
 
 class FusedResnetBlock2D(Fused):
-    def forward(self: Any, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, skip: Tensor | None = None,
-                **kwargs: Any) -> Tensor:
+    def forward(
+        self: Any,
+        input_tensor: Tensor,
+        temb: Tensor | None = None,
+        *args: Any,
+        skip: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """diffusers' ResnetBlock2D on [input_tensor; skip], temb [N, E] or every block's hoisted columns."""
         if args or kwargs or not ready(self, input_tensor):
             return super().forward(cat(input_tensor, skip), temb, *args, **kwargs)
@@ -90,8 +96,14 @@ def _refuse_resnet(block: Any) -> str | None:
 class FusedUpBlock(Fused):
     """UpBlock2D, AttnUpBlock2D and CrossAttnUpBlock2D: the skip connection goes to the ResNet block as it is."""
 
-    def forward(self: Any, hidden_states: Tensor, res_hidden_states_tuple: tuple[Tensor, ...],
-                temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        res_hidden_states_tuple: tuple[Tensor, ...],
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         if args or not ready(self, hidden_states) or _freeu(self):
             return super().forward(hidden_states, res_hidden_states_tuple, temb, *args, **kwargs)
         size = kwargs.pop("upsample_size", None)
@@ -148,11 +160,24 @@ def _refuse_upsample(module: Any) -> str | None:
 
 _MODELS = "diffusers.models"
 RULES = (
-    Rule((f"{_MODELS}.resnet.ResnetBlock2D",), FusedResnetBlock2D,
-         "GroupNorm+SiLU, bias and time embedding in the norm, one residual operation", _refuse_resnet),
-    Rule(tuple(f"{_MODELS}.unets.unet_2d_blocks.{name}" for name in ("UpBlock2D", "AttnUpBlock2D",
-                                                                     "CrossAttnUpBlock2D")),
-         FusedUpBlock, "skip connections read without concatenation"),
-    Rule((f"{_MODELS}.upsampling.Upsample2D",), FusedUpsample2D, "upsampling folded into the convolution",
-         _refuse_upsample, option="fold_upsampling"),
+    Rule(
+        (f"{_MODELS}.resnet.ResnetBlock2D",),
+        FusedResnetBlock2D,
+        "GroupNorm+SiLU, bias and time embedding in the norm, one residual operation",
+        _refuse_resnet,
+    ),
+    Rule(
+        tuple(
+            f"{_MODELS}.unets.unet_2d_blocks.{name}" for name in ("UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D")
+        ),
+        FusedUpBlock,
+        "skip connections read without concatenation",
+    ),
+    Rule(
+        (f"{_MODELS}.upsampling.Upsample2D",),
+        FusedUpsample2D,
+        "upsampling folded into the convolution",
+        _refuse_upsample,
+        option="fold_upsampling",
+    ),
 )

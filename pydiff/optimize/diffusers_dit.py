@@ -20,8 +20,15 @@ from pydiff.optimize.parts import layer_norm_of
 from pydiff.optimize.swap import Rule
 
 
-def ada_norm_zero_forward(block: Any, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None,
-                          context_mask: Tensor | None = None, timestep: Any = None, class_labels: Any = None) -> Tensor:
+def ada_norm_zero_forward(
+    block: Any,
+    x: Tensor,
+    mask: Tensor | None = None,
+    context: Tensor | None = None,
+    context_mask: Tensor | None = None,
+    timestep: Any = None,
+    class_labels: Any = None,
+) -> Tensor:
     """BasicTransformerBlock with norm_type "ada_norm_zero" on tokens x [B, L, C].
 
     `timestep` [B] goes through the block's own embedding, or is every block's hoisted modulation [B, width].
@@ -35,9 +42,15 @@ def ada_norm_zero_forward(block: Any, x: Tensor, mask: Tensor | None = None, con
     return gated_add(block.ff(y), x, gate_mlp)
 
 
-def ada_norm_single_forward(block: Any, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None,
-                            context_mask: Tensor | None = None, timestep: Any = None,
-                            class_labels: Any = None) -> Tensor:
+def ada_norm_single_forward(
+    block: Any,
+    x: Tensor,
+    mask: Tensor | None = None,
+    context: Tensor | None = None,
+    context_mask: Tensor | None = None,
+    timestep: Any = None,
+    class_labels: Any = None,
+) -> Tensor:
     """BasicTransformerBlock with norm_type "ada_norm_single" (PixArt) on tokens x [B, L, C], timestep [B, 6 * C]."""
     modulations = block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulations.chunk(6, dim=1)
@@ -50,7 +63,8 @@ def ada_norm_single_forward(block: Any, x: Tensor, mask: Tensor | None = None, c
 
 
 ADAPTIVE: dict[str, Callable[..., Tensor]] = {
-    "ada_norm_zero": ada_norm_zero_forward, "ada_norm_single": ada_norm_single_forward,
+    "ada_norm_zero": ada_norm_zero_forward,
+    "ada_norm_single": ada_norm_single_forward,
 }
 
 
@@ -83,6 +97,10 @@ def _prepare(model: Any) -> None:
 
 
 RULES = (
-    Rule(("diffusers.models.transformers.dit_transformer_2d.DiTTransformer2DModel",), FusedDiTTransformer2DModel,
-         "time and label embeddings of every block can be hoisted", prepare=_prepare),
+    Rule(
+        ("diffusers.models.transformers.dit_transformer_2d.DiTTransformer2DModel",),
+        FusedDiTTransformer2DModel,
+        "time and label embeddings of every block can be hoisted",
+        prepare=_prepare,
+    ),
 )

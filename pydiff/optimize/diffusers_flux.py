@@ -36,8 +36,14 @@ CONDITION = ("encoder_hidden_states", "pooled_projections", "img_ids", "txt_ids"
 
 
 class FusedFluxAttention(Fused):
-    def forward(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-                attention_mask: Tensor | None = None, image_rotary_emb: Rotary = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rotary = None,
+        **kwargs: Any,
+    ) -> Any:
         """Image tokens [B, L, C] and text tokens [B, T, C], or [text; image] alone; (cos, sin) [T + L, D]."""
         both = encoder_hidden_states is not None
         suits = attention_mask is None and not kwargs and both == (self.added_kv_proj_dim is not None)
@@ -92,13 +98,17 @@ def _backend_is_chosen() -> bool:
 
 
 class FusedFluxTransformerBlock(Fused):
-    def forward(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor,
-                image_rotary_emb: Rotary = None,
-                joint_attention_kwargs: dict[str, Any] | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Rotary = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Image tokens [B, L, C], text tokens [B, T, C]; temb [B, E] or every norm's hoisted modulation."""
         if joint_attention_kwargs or not ready(self, hidden_states):
-            return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb,
-                                   joint_attention_kwargs)
+            return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         x, text = hidden_states, encoder_hidden_states
         y, gate, shift, scale, gate_mlp = self.norm1(x, emb=temb)
         text_y, *modulations = self.norm1_context(text, emb=temb)
@@ -115,12 +125,16 @@ def _clipped(x: Tensor) -> Tensor:
 
 
 class FusedFluxSingleTransformerBlock(Fused):
-    def forward(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor,
-                image_rotary_emb: Rotary = None,
-                joint_attention_kwargs: dict[str, Any] | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Rotary = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         if joint_attention_kwargs or not ready(self, hidden_states):
-            return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb,
-                                   joint_attention_kwargs)
+            return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         joined = self.joined(torch.cat([encoder_hidden_states, hidden_states], dim=1), temb, image_rotary_emb)
         length = encoder_hidden_states.shape[1]
         return joined[:, :length], joined[:, length:]
@@ -148,15 +162,34 @@ def _joint_linear(layer: nn.Module, a: Tensor, b: Tensor) -> Tensor:
 class FusedFluxTransformer2DModel(Hoistable):
     hoisted_arguments = (*CONDITION, "guidance")
 
-    def forward(self: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, pooled_projections: Any = None,
-                timestep: Any = None, img_ids: Any = None, txt_ids: Any = None, guidance: Any = None, *args: Any,
-                return_dict: bool = True, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        pooled_projections: Any = None,
+        timestep: Any = None,
+        img_ids: Any = None,
+        txt_ids: Any = None,
+        guidance: Any = None,
+        *args: Any,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
         simple = not args and not any(map(given, kwargs.values())) and not _three_dimensional(img_ids, txt_ids)
         if not simple or not ready(self, hidden_states):
             if not args:
                 kwargs["return_dict"] = return_dict
-            return super().forward(hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids,
-                                   txt_ids, guidance, *args, **kwargs)
+            return super().forward(
+                hidden_states,
+                encoder_hidden_states,
+                pooled_projections,
+                timestep,
+                img_ids,
+                txt_ids,
+                guidance,
+                *args,
+                **kwargs,
+            )
         tokens = self.x_embedder(hidden_states)
         temb = self._embed(timestep, guidance, pooled_projections, tokens.dtype)
         text = self.context_embedder(encoder_hidden_states)
@@ -184,8 +217,9 @@ class FusedFluxTransformer2DModel(Hoistable):
             tokens = x[:, length:]
         else:
             for block in blocks:
-                text, tokens = block(hidden_states=tokens, encoder_hidden_states=text, temb=temb,
-                                     image_rotary_emb=rotary)
+                text, tokens = block(
+                    hidden_states=tokens, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary
+                )
         return self.proj_out(self.norm_out(tokens, temb))
 
     def hoist_times(self: Any, times: Tensor, cond: Mapping[str, Any]) -> Tensor:
@@ -219,12 +253,22 @@ def _prepare_model(model: Any) -> None:
 
 _FLUX = "diffusers.models.transformers.transformer_flux"
 RULES = (
-    Rule((f"{_FLUX}.FluxAttention",), FusedFluxAttention,
-         "one product for Q, K and V of each stream; RMSNorm and rotation in one operation", refuse_flux_attention),
+    Rule(
+        (f"{_FLUX}.FluxAttention",),
+        FusedFluxAttention,
+        "one product for Q, K and V of each stream; RMSNorm and rotation in one operation",
+        refuse_flux_attention,
+    ),
     Rule((f"{_FLUX}.FluxTransformerBlock",), FusedFluxTransformerBlock, "gates and residuals inside LayerNorm"),
-    Rule((f"{_FLUX}.FluxSingleTransformerBlock",), FusedFluxSingleTransformerBlock,
-         "attention and feed-forward joined without concatenation"),
-    Rule((f"{_FLUX}.FluxTransformer2DModel",), FusedFluxTransformer2DModel,
-         "single-stream blocks on one tensor; modulations, text embedding and rotary tables can be hoisted",
-         prepare=_prepare_model),
+    Rule(
+        (f"{_FLUX}.FluxSingleTransformerBlock",),
+        FusedFluxSingleTransformerBlock,
+        "attention and feed-forward joined without concatenation",
+    ),
+    Rule(
+        (f"{_FLUX}.FluxTransformer2DModel",),
+        FusedFluxTransformer2DModel,
+        "single-stream blocks on one tensor; modulations, text embedding and rotary tables can be hoisted",
+        prepare=_prepare_model,
+    ),
 )

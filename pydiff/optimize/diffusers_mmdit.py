@@ -33,8 +33,13 @@ CONDITION = ("encoder_hidden_states", "pooled_projections")
 class FusedJointAttention(Fused):
     """diffusers' Attention with a JointAttnProcessor2_0."""
 
-    def forward(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-                attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Image tokens [B, L, C] and text tokens [B, T, C]: both attended, or the image's alone where there is no text.
 
         The processor ignores a mask.
@@ -79,8 +84,13 @@ def refuse_joint_attention(attn: Any) -> str | None:
 
 
 class FusedJointTransformerBlock(Fused):
-    def forward(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor,
-                joint_attention_kwargs: dict[str, Any] | None = None) -> tuple[Tensor | None, Tensor]:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
         """Image tokens [B, L, C], text tokens [B, T, C]; temb [B, E] or every norm's hoisted modulation."""
         if joint_attention_kwargs or not ready(self, hidden_states) or refuse_joint_block(self):
             return super().forward(hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
@@ -147,9 +157,17 @@ def _prepare_model(model: Any) -> None:
 
 
 RULES = (
-    Rule(("diffusers.models.attention.JointTransformerBlock",), FusedJointTransformerBlock,
-         "joint attention with one product for Q, K and V of each stream; gates and residuals inside LayerNorm",
-         refuse_joint_block, _prepare_block),
-    Rule(("diffusers.models.transformers.transformer_sd3.SD3Transformer2DModel",), FusedSD3Transformer2DModel,
-         "modulations and text embedding can be hoisted", prepare=_prepare_model),
+    Rule(
+        ("diffusers.models.attention.JointTransformerBlock",),
+        FusedJointTransformerBlock,
+        "joint attention with one product for Q, K and V of each stream; gates and residuals inside LayerNorm",
+        refuse_joint_block,
+        _prepare_block,
+    ),
+    Rule(
+        ("diffusers.models.transformers.transformer_sd3.SD3Transformer2DModel",),
+        FusedSD3Transformer2DModel,
+        "modulations and text embedding can be hoisted",
+        prepare=_prepare_model,
+    ),
 )

@@ -36,8 +36,9 @@ def modulated(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor) -> Tenso
     return norm(x) * (1 + _rows(scale)) + _rows(shift)
 
 
-def gated_norm(norm: nn.Module, x: Tensor, residual: Tensor, gate: Tensor | None, scale: Tensor,
-               shift: Tensor) -> tuple[Tensor, Tensor]:
+def gated_norm(
+    norm: nn.Module, x: Tensor, residual: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
     """(norm(s) * (1 + scale) + shift, s) with s = residual + gate * x; modulations [B, C]."""
     n: Any = norm
     if is_plain(norm, nn.LayerNorm) and len(n.normalized_shape) == 1 and x.dtype == residual.dtype:
@@ -72,8 +73,14 @@ class _FusedAdaptiveNorm(Fused):
 class FusedAdaLayerNormZero(_FusedAdaptiveNorm):
     parts = 6
 
-    def forward(self: Any, x: Tensor, timestep: Tensor | None = None, class_labels: Tensor | None = None,
-                hidden_dtype: torch.dtype | None = None, emb: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        self: Any,
+        x: Tensor,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        hidden_dtype: torch.dtype | None = None,
+        emb: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         columns = self._modulation(emb if self.emb is None else timestep)
         if columns is None:
             if not ready(self, x):
@@ -145,8 +152,9 @@ def hoistable_norms(model: nn.Module) -> tuple[list[Any], int]:
     """The norms that have columns, and the table's width. Raises CannotHoist if some norm has none."""
     known = vars(model).get("_pydiff_modulations")
     if known is None:
-        raise CannotHoist(f"some adaptive norms of {type(model).__name__} were not optimised; "
-                          "optimize(model, report=True) says why")
+        raise CannotHoist(
+            f"some adaptive norms of {type(model).__name__} were not optimised; optimize(model, report=True) says why"
+        )
     return known
 
 
@@ -210,8 +218,9 @@ def head_norm(norm: Any) -> HeadNorm | None:
 Rotary = tuple[Tensor, Tensor] | None
 
 
-def normed_heads(q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, rotary: Rotary = None, *,
-                 heads_first: bool = False) -> tuple[Tensor, Tensor]:
+def normed_heads(
+    q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, rotary: Rotary = None, *, heads_first: bool = False
+) -> tuple[Tensor, Tensor]:
     """Queries and keys [B, L, H, D] with their norms (modules or None), and turned by (cos, sin) [L, D].
 
     A norm that has to be called as a module gets [B, H, L, D] where the original model gives it that: `heads_first`.
@@ -220,8 +229,10 @@ def normed_heads(q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, rotary: Rotary 
     first, second = head_norm(norm_q), head_norm(norm_k)
     if first is not None and second is not None and first.eps == second.eps:
         return qk_norm_rotary(q, k, first.weight, second.weight, cos, sin, eps=first.eps)
-    q, k = (x if norm is None else norm(x.transpose(1, 2)).transpose(1, 2) if heads_first else norm(x)
-            for x, norm in ((q, norm_q), (k, norm_k)))
+    q, k = (
+        x if norm is None else norm(x.transpose(1, 2)).transpose(1, 2) if heads_first else norm(x)
+        for x, norm in ((q, norm_q), (k, norm_k))
+    )
     return (q, k) if cos is None else qk_norm_rotary(q, k, None, None, cos, sin)
 
 
@@ -247,6 +258,5 @@ RULES = (
     Rule((f"{_NORMS}.AdaLayerNormZeroSingle",), FusedAdaLayerNormZeroSingle, _WHAT),
     Rule((f"{_NORMS}.SD35AdaLayerNormZeroX",), FusedSD35AdaLayerNormZeroX, _WHAT),
     Rule((f"{_NORMS}.AdaLayerNormContinuous",), FusedAdaLayerNormContinuous, _WHAT),
-    Rule(("diffusers.models.activations.GELU",), FusedGELU, "GELU in the epilogue of its matrix product",
-         _refuse_gelu),
+    Rule(("diffusers.models.activations.GELU",), FusedGELU, "GELU in the epilogue of its matrix product", _refuse_gelu),
 )

@@ -88,8 +88,9 @@ class _FusedUNet(Hoistable):
             count = len(block.resnets)
             own, skips = skips[-count:], skips[:-count]
             size = skips[-1].shape[2:] if forced and i < len(self.up_blocks) - 1 else None
-            h = block(hidden_states=h, temb=emb, res_hidden_states_tuple=own, upsample_size=size,
-                      **_for_block(block, context))
+            h = block(
+                hidden_states=h, temb=emb, res_hidden_states_tuple=own, upsample_size=size, **_for_block(block, context)
+            )
         if self.conv_norm_out is not None:
             h = norm_act(self.conv_norm_out, self.conv_act, h)
         return self.conv_out(h)
@@ -113,8 +114,15 @@ def _for_block(block: Any, context: dict[str, Any]) -> dict[str, Any]:
 class FusedUNet2DConditionModel(_FusedUNet):
     hoisted_arguments = ("encoder_hidden_states", "class_labels", "timestep_cond", "added_cond_kwargs")
 
-    def forward(self: Any, sample: Tensor, timestep: Any, encoder_hidden_states: Any = None, *args: Any,
-                return_dict: bool = True, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        sample: Tensor,
+        timestep: Any,
+        encoder_hidden_states: Any = None,
+        *args: Any,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
         simple = {k: kwargs.get(k) for k in SIMPLE}
         others = (*args, *(v for k, v in kwargs.items() if k not in SIMPLE))
         if any(v is not None for v in others) or not self._simple() or not ready(self, sample):
@@ -135,8 +143,15 @@ class FusedUNet2DConditionModel(_FusedUNet):
         special = self.config.addition_embed_type == "image_hint" or self.config.addition_embed_type == "text"
         return not special and self.config.encoder_hid_dim_type is None
 
-    def _embed(self: Any, sample: Tensor, timestep: Any, context: Any, class_labels: Any = None,
-               timestep_cond: Any = None, added_cond_kwargs: Any = None) -> Tensor:
+    def _embed(
+        self: Any,
+        sample: Tensor,
+        timestep: Any,
+        context: Any,
+        class_labels: Any = None,
+        timestep_cond: Any = None,
+        added_cond_kwargs: Any = None,
+    ) -> Tensor:
         emb = self.time_embedding(self.get_time_embed(sample, timestep), timestep_cond)
         labels = self.get_class_embed(sample, class_labels)
         if labels is not None:
@@ -166,8 +181,12 @@ class FusedUNet2DConditionModel(_FusedUNet):
 def _prepare_condition_model(model: Any) -> None:
     assign_time_slots(model)
     cross: list[Any] = [a for a in context_readers(model) if isinstance(a, FusedAttention) and not a.norm_cross]
-    total = assign("_pydiff_context", cross, [2 * a.inner_kv_dim for a in cross],
-                   {getattr(a.to_k, "in_features", 0) for a in cross})
+    total = assign(
+        "_pydiff_context",
+        cross,
+        [2 * a.inner_kv_dim for a in cross],
+        {getattr(a.to_k, "in_features", 0) for a in cross},
+    )
     object.__setattr__(model, "_pydiff_context_blocks", (cross, total))
 
 
@@ -194,8 +213,9 @@ class FusedUNet2DModel(_FusedUNet):
     def _embed(self: Any, times: Tensor, class_labels: Any) -> Tensor:
         emb = self.time_embedding(self.time_proj(times).to(self.dtype))
         if (self.class_embedding is None) != (class_labels is None):
-            raise ValueError("class_labels must be given exactly where the model has a class embedding, "
-                             f"got {class_labels!r:.60}")
+            raise ValueError(
+                f"class_labels must be given exactly where the model has a class embedding, got {class_labels!r:.60}"
+            )
         if class_labels is None:
             return emb
         labels = self.time_proj(class_labels) if self.config.class_embed_type == "timestep" else class_labels
@@ -216,10 +236,16 @@ class FusedUNet2DModel(_FusedUNet):
 
 _UNETS = "diffusers.models.unets"
 RULES = (
-    Rule((f"{_UNETS}.unet_2d_condition.UNet2DConditionModel",), FusedUNet2DConditionModel,
-         "last norm with SiLU; time projections and text keys and values can be hoisted",
-         prepare=_prepare_condition_model),
-    Rule((f"{_UNETS}.unet_2d.UNet2DModel",), FusedUNet2DModel,
-         "last norm with SiLU; time projections can be hoisted",
-         prepare=assign_time_slots),
+    Rule(
+        (f"{_UNETS}.unet_2d_condition.UNet2DConditionModel",),
+        FusedUNet2DConditionModel,
+        "last norm with SiLU; time projections and text keys and values can be hoisted",
+        prepare=_prepare_condition_model,
+    ),
+    Rule(
+        (f"{_UNETS}.unet_2d.UNet2DModel",),
+        FusedUNet2DModel,
+        "last norm with SiLU; time projections can be hoisted",
+        prepare=assign_time_slots,
+    ),
 )

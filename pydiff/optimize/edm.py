@@ -52,8 +52,9 @@ class _Persistent(Fused):
 def norm_act(norm: Any, x: Tensor, activate: bool, **extra: Tensor | None) -> Any:
     """EDM's GroupNorm as `pydiff.ops.group_norm`, then SiLU where asked for."""
     if unhooked(norm) and plain_weight(norm.weight):
-        return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation="silu" if activate else None,
-                          **extra)
+        return group_norm(
+            x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation="silu" if activate else None, **extra
+        )
     x = cat(x, extra.get("x2"))
     add, scale, shift = extra.get("add"), extra.get("scale"), extra.get("shift")
     if add is not None:
@@ -164,8 +165,18 @@ def _is_norm(norm: Any) -> bool:
 
 
 def _refuse_block(block: Any) -> str | None:
-    needed = ("norm0", "conv0", "affine", "norm1", "conv1", "skip", "skip_scale", "adaptive_scale", "num_heads",
-              "dropout")
+    needed = (
+        "norm0",
+        "conv0",
+        "affine",
+        "norm1",
+        "conv1",
+        "skip",
+        "skip_scale",
+        "adaptive_scale",
+        "num_heads",
+        "dropout",
+    )
     if any(not hasattr(block, name) for name in needed):
         return "it is not EDM's UNetBlock"
     norms = [block.norm0, block.norm1] + ([block.norm2] if block.num_heads else [])
@@ -176,11 +187,19 @@ def _refuse_block(block: Any) -> str | None:
     if any(b.is_meta for b in block.buffers()):
         return "its buffers are on the meta device: load them first"
     channels, width = block.norm0.weight.shape[0], block.affine.weight.shape[1]
-    variant = (block.adaptive_scale, min(block.num_heads, 2), float(block.skip_scale), tuple(
-        (c.up, c.down, c.weight is None, c.bias is None, _is_box(c)) for c in convolutions))
-    return probe.differs(block, FusedEDMBlock, lambda g: (
-        torch.randn(2, channels, 4, 4, generator=g), torch.randn(2, width, generator=g)), variant,
-        _prepare_block)
+    variant = (
+        block.adaptive_scale,
+        min(block.num_heads, 2),
+        float(block.skip_scale),
+        tuple((c.up, c.down, c.weight is None, c.bias is None, _is_box(c)) for c in convolutions),
+    )
+    return probe.differs(
+        block,
+        FusedEDMBlock,
+        lambda g: (torch.randn(2, channels, 4, 4, generator=g), torch.randn(2, width, generator=g)),
+        variant,
+        _prepare_block,
+    )
 
 
 def _is_box(conv: Any) -> bool:
@@ -196,8 +215,13 @@ def _prepare_block(block: Any) -> None:
 
 
 class _FusedEDMNet(_Persistent):
-    def forward(self: Any, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None,
-                augment_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self: Any,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
         if not ready(self, x):
             return super().forward(x, noise_labels, class_labels, augment_labels)
         return self._trunk(x, self._embed(noise_labels, class_labels, augment_labels))
@@ -310,8 +334,10 @@ def _prepare_net(model: Any) -> str | None:
     def inputs(size: int) -> tuple[Any, ...]:
         first = next(p for block in model.enc.values() for p in block.parameters() if p.ndim == 4)
         x = torch.randn(2, first.shape[1], size, size, dtype=first.dtype, device=first.device)
-        labels, augment = (None if layer is None else x.new_ones(2, layer.weight.shape[1])
-                           for layer in (model.map_label, model.map_augment))
+        labels, augment = (
+            None if layer is None else x.new_ones(2, layer.weight.shape[1])
+            for layer in (model.map_label, model.map_augment)
+        )
         return x, x.new_tensor([-1.0, 1.0]), labels, augment
 
     reason = probe.root_differs(model, inputs)
@@ -330,9 +356,13 @@ def _prepare_net(model: Any) -> str | None:
 
 _NET = "skip connections read without concatenation; last norm with SiLU; embeddings can be hoisted"
 RULES = (
-    Rule(("UNetBlock",), FusedEDMBlock,
-         "GroupNorm+SiLU, bias and embedding in the norm, attention by matrix products, one residual operation",
-         _refuse_block, _prepare_block),
+    Rule(
+        ("UNetBlock",),
+        FusedEDMBlock,
+        "GroupNorm+SiLU, bias and embedding in the norm, attention by matrix products, one residual operation",
+        _refuse_block,
+        _prepare_block,
+    ),
     Rule(("SongUNet",), FusedSongUNet, _NET, _refuse_net, _prepare_net),
     Rule(("DhariwalUNet",), FusedDhariwalUNet, _NET, _refuse_net, _prepare_net),
 )

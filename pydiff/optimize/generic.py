@@ -89,9 +89,14 @@ def _kind(module: nn.Module) -> type[nn.Module]:
 
 def _is_pair(layers: list[Any]) -> bool:
     """Whether these are a GroupNorm and a SiLU that no one watches."""
-    return (len(layers) == 2 and _kind(layers[0]) is nn.GroupNorm and _kind(layers[1]) is nn.SiLU
-            and all(map(unhooked, layers)) and plain_weight(layers[0].weight)
-            and all(layer._compiled_call_impl is None for layer in layers))
+    return (
+        len(layers) == 2
+        and _kind(layers[0]) is nn.GroupNorm
+        and _kind(layers[1]) is nn.SiLU
+        and all(map(unhooked, layers))
+        and plain_weight(layers[0].weight)
+        and all(layer._compiled_call_impl is None for layer in layers)
+    )
 
 
 class FusedPairs(Fused):
@@ -127,14 +132,23 @@ def _eagerly() -> Callable[..., Any]:
 
 
 class FusedMultiheadAttention(Fused):
-    def forward(self: Any, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
-                need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
-                is_causal: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         simple = not need_weights and attn_mask is None and not is_causal and query.ndim == 3 and self._plain()
         mask = key_padding_mask
         if not simple or not (mask is None or mask.dtype in (torch.bool, query.dtype)) or not ready(self, query):
-            return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
-                                   is_causal)
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in self._projections(query, key, value))
         if mask is not None:
             mask = (~mask if mask.dtype == torch.bool else mask)[:, None, None, :]
@@ -165,8 +179,12 @@ LAYER_NORM = Rule(("LayerNorm",), FusedLayerNorm, "one kernel")
 SILU = Rule(("SiLU",), FoldedActivation, "applied by the norm before it")
 SEQUENTIAL = Rule(("Sequential",), FusedSequential, "GroupNorm+SiLU as one operation")
 PAIRS = Rule(("",), FusedPairs, "GroupNorm+SiLU as one operation while its forward runs")
-ATTENTION = Rule(("MultiheadAttention",), FusedMultiheadAttention,
-                 "the fastest attention backend where no weights and masks are asked for", _refuse_attention)
+ATTENTION = Rule(
+    ("MultiheadAttention",),
+    FusedMultiheadAttention,
+    "the fastest attention backend where no weights and masks are asked for",
+    _refuse_attention,
+)
 
 
 Pairs = tuple[tuple[str, str], ...]
@@ -187,8 +205,11 @@ def plan(model: nn.Module, already: set[int]) -> Plan:
     chosen: list[tuple[str, nn.Module, Rule]] = []
     left: list[Entry] = []
     owned = set(_owned(model, already))
-    free = {m: name for name, m in model.named_modules()
-            if not (id(m) in already or is_fused(m) or (id(m) in owned and _is_layer(m)))}
+    free = {
+        m: name
+        for name, m in model.named_modules()
+        if not (id(m) in already or is_fused(m) or (id(m) in owned and _is_layer(m)))
+    }
     places = Counter(m for _, m in model.named_modules(remove_duplicate=False))
     foldable = {m for m in free if places[m] == 1 and not refusal(m)}
     folded: set[nn.Module] = set()
@@ -251,8 +272,11 @@ def _pairs(module: nn.Module, foldable: set[nn.Module]) -> tuple[Pairs, list[str
     code = getattr(kind.forward, "__code__", None)
     if _is_layer(module) or code is None or refusal(module):
         return (), []
-    left = (["its scaled_dot_product_attention is a function call, which no class replaces"]
-            if "scaled_dot_product_attention" in code.co_names else [])
+    left = (
+        ["its scaled_dot_product_attention is a function call, which no class replaces"]
+        if "scaled_dot_product_attention" in code.co_names
+        else []
+    )
     own = list(_own_layers(module))
     if not any(type(m) is nn.GroupNorm for m in own) or not ("silu" in code.co_names or nn.SiLU in map(type, own)):
         return (), left

@@ -46,8 +46,9 @@ def norm_act(norm: Any, activation: nn.Module | None, x: Tensor, **extra: Tensor
     hooked = not unhooked(norm) or (activation is not None and not (unhooked(activation) and is_silu(activation)))
     if hooked or not is_group_norm(norm) or not plain_weight(norm.weight):
         return parts.norm_act(norm, activation, x, **extra)
-    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps,
-                      activation=None if activation is None else "silu", **extra)
+    return group_norm(
+        x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=None if activation is None else "silu", **extra
+    )
 
 
 def _layers(sequence: nn.Module) -> list[Any] | None:
@@ -119,10 +120,18 @@ def _refuse_resblock(block: Any) -> str | None:
         return "its embedding is not projected by one linear layer"
     channels, width = block.in_layers[0].num_channels, linear[0].in_features
     dims = getattr(block.in_layers[2], "weight", torch.empty(0, 0, 0, 0)).ndim - 2
-    variant = (block.use_scale_shift_norm, getattr(block, "updown", False), dims,
-               getattr(block.skip_connection, "kernel_size", None))
-    return probe.differs(block, FusedGuidedResBlock, lambda g: (
-        torch.randn(2, channels, *[4] * dims, generator=g), torch.randn(2, width, generator=g)), variant)
+    variant = (
+        block.use_scale_shift_norm,
+        getattr(block, "updown", False),
+        dims,
+        getattr(block.skip_connection, "kernel_size", None),
+    )
+    return probe.differs(
+        block,
+        FusedGuidedResBlock,
+        lambda g: (torch.randn(2, channels, *[4] * dims, generator=g), torch.randn(2, width, generator=g)),
+        variant,
+    )
 
 
 class FusedGuidedAttention(Fused):
@@ -159,8 +168,12 @@ def _refuse_attention(block: Any) -> str | None:
     if block.proj_out.out_channels != block.norm.num_channels:
         return "it changes the number of channels"
     channels = block.norm.num_channels
-    return probe.differs(block, FusedGuidedAttention, lambda g: (torch.randn(2, channels, 3, 2, generator=g),),
-                         block.attention.n_heads > 1)
+    return probe.differs(
+        block,
+        FusedGuidedAttention,
+        lambda g: (torch.randn(2, channels, 3, 2, generator=g),),
+        block.attention.n_heads > 1,
+    )
 
 
 class FusedGuidedUpsample(Fused):
@@ -179,8 +192,9 @@ def _refuse_upsample(module: Any) -> str | None:
         return "it is not guided-diffusion's Upsample, of images"
     if module.use_conv and not is_plain_3x3(getattr(module, "conv", None)):
         return "its convolution is not a plain 3x3 one"
-    return probe.differs(module, FusedGuidedUpsample,
-                         lambda g: (torch.randn(1, module.channels, 3, 2, generator=g),), module.use_conv)
+    return probe.differs(
+        module, FusedGuidedUpsample, lambda g: (torch.randn(1, module.channels, 3, 2, generator=g),), module.use_conv
+    )
 
 
 class FusedGuidedUNet(Fused):
@@ -286,13 +300,30 @@ def _width(block: Any) -> int:
 
 
 RULES = (
-    Rule(("ResBlock",), FusedGuidedResBlock,
-         "GroupNorm+SiLU, bias and embedding in the norm, one residual operation", _refuse_resblock),
-    Rule(("AttentionBlock",), FusedGuidedAttention, "tokens without a copy; the fastest attention backend",
-         _refuse_attention),
-    Rule(("Upsample",), FusedGuidedUpsample, "upsampling folded into the convolution", _refuse_upsample,
-         option="fold_upsampling"),
-    Rule(("UNetModel",), FusedGuidedUNet,
-         "skip connections read without concatenation; last norm with SiLU; embeddings can be hoisted", _refuse_unet,
-         _prepare_unet),
+    Rule(
+        ("ResBlock",),
+        FusedGuidedResBlock,
+        "GroupNorm+SiLU, bias and embedding in the norm, one residual operation",
+        _refuse_resblock,
+    ),
+    Rule(
+        ("AttentionBlock",),
+        FusedGuidedAttention,
+        "tokens without a copy; the fastest attention backend",
+        _refuse_attention,
+    ),
+    Rule(
+        ("Upsample",),
+        FusedGuidedUpsample,
+        "upsampling folded into the convolution",
+        _refuse_upsample,
+        option="fold_upsampling",
+    ),
+    Rule(
+        ("UNetModel",),
+        FusedGuidedUNet,
+        "skip connections read without concatenation; last norm with SiLU; embeddings can be hoisted",
+        _refuse_unet,
+        _prepare_unet,
+    ),
 )

@@ -115,8 +115,10 @@ class HoistedModel:
         # One more row than stages: rows of the batch that have finished stand there, and no index needs a clamp.
         padded = torch.cat([times, times.narrow(0, stages - 1, 1)])
         entering = self.model.embedding_condition(self._given)
-        repeated = {k: v.expand(self._batch, *v.shape[1:]).repeat(stages + 1, *([1] * (v.ndim - 1)))
-                    for k, v in entering.items()}
+        repeated = {
+            k: v.expand(self._batch, *v.shape[1:]).repeat(stages + 1, *([1] * (v.ndim - 1)))
+            for k, v in entering.items()
+        }
         return self.model.hoist_times(padded.repeat_interleave(self.rows), repeated)
 
     @torch.no_grad()
@@ -140,8 +142,11 @@ class HoistedModel:
 
 
 # What a model knows of its hoisted blocks, and where each of these keeps its slot.
-_TABLES = {"_pydiff_time_blocks": "_pydiff_time", "_pydiff_context_blocks": "_pydiff_context",
-           "_pydiff_modulations": "_pydiff_modulation"}
+_TABLES = {
+    "_pydiff_time_blocks": "_pydiff_time",
+    "_pydiff_context_blocks": "_pydiff_context",
+    "_pydiff_modulations": "_pydiff_modulation",
+}
 _LARGEST_TABLE = 2**31  # bytes
 
 

@@ -19,8 +19,12 @@ ACTIVATIONS: dict[type[nn.Module], str] = {nn.SiLU: "silu"}
 
 def unhooked(module: nn.Module) -> bool:
     """Whether calling a module is calling its forward and no more."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-                or module._compiled_call_impl is not None)
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in vars(module)
+        or module._compiled_call_impl is not None
+    )
 
 
 def is_plain(module: Any, cls: type[nn.Module]) -> bool:
@@ -43,14 +47,32 @@ def activation_name(activation: nn.Module | None) -> str | None:
     return ACTIVATIONS.get(type(activation)) if activation is not None and unhooked(activation) else None
 
 
-def norm_act(norm: nn.Module, activation: nn.Module | None, x: Tensor, *, x2: Tensor | None = None,
-             add: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+def norm_act(
+    norm: nn.Module,
+    activation: nn.Module | None,
+    x: Tensor,
+    *,
+    x2: Tensor | None = None,
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
     """GroupNorm of [x; x2] + add, adaptive scale and shift [N, C], activation, as `pydiff.ops.group_norm` has them."""
     name = activation_name(activation)
     if is_plain(norm, nn.GroupNorm) and (activation is None or name):
         norm_any: Any = norm
-        y = group_norm(x, norm_any.num_groups, norm_any.weight, norm_any.bias, norm_any.eps, activation=name, x2=x2,
-                       add=add, scale=scale, shift=shift)
+        y = group_norm(
+            x,
+            norm_any.num_groups,
+            norm_any.weight,
+            norm_any.bias,
+            norm_any.eps,
+            activation=name,
+            x2=x2,
+            add=add,
+            scale=scale,
+            shift=shift,
+        )
         assert isinstance(y, Tensor)  # a pair only where a residual is given
         return y
     x = cat(x, x2)
@@ -89,7 +111,7 @@ def product_of_pixels(x: Tensor, x2: Tensor | None, weight: Tensor, bias: Tensor
     y = F.linear(x.permute(0, 2, 3, 1), weight[:, : x.shape[1]], bias)
     if x2 is not None:
         rows = x2.permute(0, 2, 3, 1).reshape(-1, x2.shape[1])
-        y.view(-1, y.shape[-1]).addmm_(rows, weight[:, x.shape[1]:].t())
+        y.view(-1, y.shape[-1]).addmm_(rows, weight[:, x.shape[1] :].t())
     return y.permute(0, 3, 1, 2)
 
 
@@ -100,16 +122,24 @@ def cat(x: Tensor, x2: Tensor | None) -> Tensor:
 
 def is_plain_3x3(conv: Any) -> bool:
     """Whether a module is a plain 3x3 convolution that keeps the size."""
-    return (is_plain(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.groups == 1
-            and conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.padding_mode == "zeros")
+    return (
+        is_plain(conv, nn.Conv2d)
+        and conv.kernel_size == (3, 3)
+        and conv.padding == (1, 1)
+        and conv.groups == 1
+        and conv.stride == (1, 1)
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+    )
 
 
 def is_nhwc(x: Tensor) -> bool:
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def layer_norm_of(norm: nn.Module, x: Tensor, residual: Tensor | None = None,
-                  total_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def layer_norm_of(
+    norm: nn.Module, x: Tensor, residual: Tensor | None = None, total_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(norm(s), s + total_bias) with s = x + residual, or x where there is no residual."""
     n: Any = norm
     if not is_plain(norm, nn.LayerNorm) or len(n.normalized_shape) != 1:
@@ -133,8 +163,12 @@ def packed(owner: nn.Module, layers: Sequence[Any], name: str = "") -> tuple[Ten
     if not all(_packable(p) for layer in layers for p in (layer.weight, layer.bias)):
         return None
     first = layers[0]
-    if any((x.bias is None) != (first.bias is None) or x.weight.dtype != first.weight.dtype
-           or x.weight.device != first.weight.device for x in layers):
+    if any(
+        (x.bias is None) != (first.bias is None)
+        or x.weight.dtype != first.weight.dtype
+        or x.weight.device != first.weight.device
+        for x in layers
+    ):
         return None
     weight = _packed_parameter(owner, f"{PACKED}_{name}_weight", [layer.weight for layer in layers])
     if first.bias is None:

@@ -23,8 +23,13 @@ Inputs = Callable[[torch.Generator], tuple[Tensor, ...]]
 _answers: dict[Hashable, str | None] = {}
 
 
-def differs(module: nn.Module, mixin: type[Fused], inputs: Inputs,
-            variant: Hashable, prepare: Callable[[Any], None] = lambda module: None) -> str | None:
+def differs(
+    module: nn.Module,
+    mixin: type[Fused],
+    inputs: Inputs,
+    variant: Hashable,
+    prepare: Callable[[Any], None] = lambda module: None,
+) -> str | None:
     """Why a module is not what `mixin` takes it for, or None.
 
     Args:

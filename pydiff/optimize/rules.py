@@ -19,8 +19,19 @@ from pydiff.optimize import (
 )
 from pydiff.optimize.swap import Rule
 
-FAMILIES = (diffusers_blocks, diffusers_attention, diffusers_unets, diffusers_transformers, diffusers_dit,
-            diffusers_mmdit, diffusers_flux, vae, bundled, guided_diffusion, edm)
+FAMILIES = (
+    diffusers_blocks,
+    diffusers_attention,
+    diffusers_unets,
+    diffusers_transformers,
+    diffusers_dit,
+    diffusers_mmdit,
+    diffusers_flux,
+    vae,
+    bundled,
+    guided_diffusion,
+    edm,
+)
 
 
 _BY_NAME: dict[str, Rule] = {name: rule for family in FAMILIES for rule in family.RULES for name in rule.names}

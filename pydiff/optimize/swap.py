@@ -126,8 +126,9 @@ def not_ready(module: nn.Module, x: torch.Tensor) -> str:
         return "it is in training mode (call model.eval())"
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
         return "gradients are required (call it under torch.no_grad())"
-    if not torch.compiler.is_compiling() and (torch._C._functorch.peek_interpreter_stack() is not None
-                                              or torch.autograd.forward_ad._current_level >= 0):
+    if not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    ):
         return "a transform of torch.func or forward-mode differentiation is running"
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         return "autocast is on (convert the model with .to(torch.bfloat16) instead)"

@@ -120,8 +120,9 @@ def measured(norm: nn.Module, image: Rows, rows: int) -> Statistics:
     return statistics
 
 
-def stored(compute: Callable[[int, int], Tensor], height: int, rows: int, into: Tensor | None = None,
-           reach: int = 0) -> Tensor:
+def stored(
+    compute: Callable[[int, int], Tensor], height: int, rows: int, into: Tensor | None = None, reach: int = 0
+) -> Tensor:
     """The bands of compute(start, stop) as one image.
 
     into: where it goes; None is a new tensor in the first band's dtype and layout. It may be what `compute` reads, up
@@ -144,8 +145,12 @@ def stored(compute: Callable[[int, int], Tensor], height: int, rows: int, into: 
 def _like(band: Tensor, height: int) -> Tensor:
     """An image for bands like this one, channels-last if it is."""
     nhwc = band.stride(1) == 1 and band.shape[1] > 1
-    return torch.empty((*band.shape[:2], height, band.shape[3]), dtype=band.dtype, device=band.device,
-                       memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+    return torch.empty(
+        (*band.shape[:2], height, band.shape[3]),
+        dtype=band.dtype,
+        device=band.device,
+        memory_format=torch.channels_last if nhwc else torch.contiguous_format,
+    )
 
 
 def _write(into: Tensor, start: int, band: Tensor) -> None:
@@ -174,8 +179,13 @@ def resnet(block: Any, x: Rows, rows: int, recompute: bool) -> Tensor:
     h = Rows(stored(first_half, height, rows))
     second = statistics.layer(block.nonlinearity, block.conv2)
     outer = h.then(second)
-    return stored(lambda start, stop: _joined(block, outer.window(start, stop), x.window(start, stop)), height, rows,
-                  h.base, second.reach)
+    return stored(
+        lambda start, stop: _joined(block, outer.window(start, stop), x.window(start, stop)),
+        height,
+        rows,
+        h.base,
+        second.reach,
+    )
 
 
 def _joined(block: Any, h: Tensor, x: Tensor) -> Tensor:
@@ -240,6 +250,12 @@ def _refuse_part(part: Any) -> str | None:
 def _is_3x3(conv: Any) -> bool:
     """Whether a convolution (or what wraps one, as LoRA does) is 3x3 and surrounds the image with zeros."""
     conv = getattr(conv, "base_layer", conv)
-    return (isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.padding == (1, 1)
-            and conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-            and "_conv_forward" not in vars(conv))
+    return (
+        isinstance(conv, nn.Conv2d)
+        and conv.kernel_size == (3, 3)
+        and conv.padding == (1, 1)
+        and conv.stride == (1, 1)
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and "_conv_forward" not in vars(conv)
+    )

@@ -108,8 +108,10 @@ def _check(vae: Any, latents: Tensor, tile: int | None, recompute: bool) -> None
     if isinstance(channels, int) and latents.shape[1] != channels:
         raise ValueError(f"latents must have {channels} channels for this vae, got {tuple(latents.shape)}")
     if vae.dtype == torch.float16 and getattr(config, "force_upcast", False):
-        raise ValueError("vae is in float16 and its config says force_upcast, for its activations overflow in float16: "
-                         "convert it, vae.to(torch.bfloat16)")
+        raise ValueError(
+            "vae is in float16 and its config says force_upcast, for its activations overflow in float16: "
+            "convert it, vae.to(torch.bfloat16)"
+        )
     if tile is None:
         if recompute:
             raise ValueError("recompute=True needs tile, the rows of a band")

@@ -15,8 +15,13 @@ def ancestral_split(s: Point, t: Point, eta: float) -> tuple[float, float]:
     return math.sqrt(max(t.rho**2 - up**2, 0.0)), up
 
 
-@solver("euler_ancestral", order=1, calls="1", stochastic=True,
-        paper="k-diffusion, sample_euler_ancestral; the posterior of 2006.11239 eq. 7 in sigma / alpha")
+@solver(
+    "euler_ancestral",
+    order=1,
+    calls="1",
+    stochastic=True,
+    paper="k-diffusion, sample_euler_ancestral; the posterior of 2006.11239 eq. 7 in sigma / alpha",
+)
 def euler_ancestral(b: PlanBuilder, eta: float = 1.0, s_noise: float = 1.0) -> None:
     """Euler to rho_down, then noise of deviation rho_up. eta = 0 is Euler, eta = 1 is DDPM with the small variance."""
     if eta < 0 or s_noise < 0:

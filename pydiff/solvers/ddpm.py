@@ -14,12 +14,17 @@ def posterior_variance(t: Point, s: Point) -> tuple[float, float]:
 
     sigma_{t|s}^2 = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2 = sigma_t^2 (1 - exp(-2 h)) does not cancel.
     """
-    transition = -t.sigma**2 * math.expm1(-2.0 * step_size(t, s))
+    transition = -(t.sigma**2) * math.expm1(-2.0 * step_size(t, s))
     return transition * s.sigma**2 / t.sigma**2, transition
 
 
-@solver("ddpm", order=1, calls="1", stochastic=True,
-        paper="Denoising Diffusion Probabilistic Models, 2006.11239, Alg. 2 and eq. 7")
+@solver(
+    "ddpm",
+    order=1,
+    calls="1",
+    stochastic=True,
+    paper="Denoising Diffusion Probabilistic Models, 2006.11239, Alg. 2 and eq. 7",
+)
 def ddpm(b: PlanBuilder, variance: str = "small") -> None:
     """Ancestral sampling. variance: "small" (the posterior's) or "large" (the forward step's beta)."""
     if variance not in ("small", "large"):

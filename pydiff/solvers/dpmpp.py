@@ -13,8 +13,7 @@ from pydiff.solvers.singlestep import blocks, singlestep_block
 _PAPER = "DPM-Solver++, 2211.01095"
 
 
-@solver("dpmpp_2s", order=2, calls="2, 1 in a step from alpha = 0 or to sigma = 0",
-        paper=f"{_PAPER}, Alg. 1")
+@solver("dpmpp_2s", order=2, calls="2, 1 in a step from alpha = 0 or to sigma = 0", paper=f"{_PAPER}, Alg. 1")
 def dpmpp_2s(b: PlanBuilder, solver_type: str = "midpoint", nodes: str = "log_snr") -> None:
     """DPM-Solver++(2S): singlestep of order 2."""
     check_order_options(solver_type, False)
@@ -29,8 +28,9 @@ def dpmpp_2m(b: PlanBuilder, solver_type: str = "midpoint", lower_order_final: b
 
 
 @solver("dpmpp_3m", order=2, calls="1", paper=f"{_PAPER}, App. B")
-def dpmpp_3m(b: PlanBuilder, solver_type: str = "midpoint", lower_order_final: bool | str = "auto",
-             compat: bool = False) -> None:
+def dpmpp_3m(
+    b: PlanBuilder, solver_type: str = "midpoint", lower_order_final: bool | str = "auto", compat: bool = False
+) -> None:
     """DPM-Solver++(3M): multistep of order 3, started by one step each of order 1 and 2 (so of order 2 as a whole).
 
     compat: with diffusers' half second derivative (see `multistep.derivatives`).
@@ -59,8 +59,13 @@ class SdeTransfer:
 
 
 @solver("dpmpp_2m_sde", order=1, calls="1", stochastic=True, paper=f"{_PAPER}, App. B.5: SDE-DPM-Solver++(2M)")
-def dpmpp_2m_sde(b: PlanBuilder, eta: float = 1.0, s_noise: float = 1.0, solver_type: str = "midpoint",
-                 lower_order_final: bool | str = "auto") -> None:
+def dpmpp_2m_sde(
+    b: PlanBuilder,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    solver_type: str = "midpoint",
+    lower_order_final: bool | str = "auto",
+) -> None:
     """SDE-DPM-Solver++(2M). eta: 0 is DPM-Solver++(2M), 1 is the diffusion SDE itself. order: weak order, eta = 1."""
     check_order_options(solver_type, lower_order_final)
     if eta < 0 or s_noise < 0:

@@ -36,13 +36,16 @@ def churn(b: PlanBuilder, s: Point, s_churn: float, s_tmin: float, s_tmax: float
 
 def check_churn(s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> None:
     if not (s_churn >= 0 and s_noise >= 0 and 0 <= s_tmin <= s_tmax):
-        raise ValueError("churn needs s_churn >= 0, s_noise >= 0 and 0 <= s_tmin <= s_tmax, got "
-                         f"s_churn={s_churn}, s_noise={s_noise}, s_tmin={s_tmin}, s_tmax={s_tmax}")
+        raise ValueError(
+            "churn needs s_churn >= 0, s_noise >= 0 and 0 <= s_tmin <= s_tmax, got "
+            f"s_churn={s_churn}, s_noise={s_noise}, s_tmin={s_tmin}, s_tmax={s_tmax}"
+        )
 
 
 @solver("euler", order=1, calls="1", paper="Elucidating the Design Space of Diffusion Models, 2206.00364, Alg. 2")
-def euler(b: PlanBuilder, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf,
-          s_noise: float = 1.0) -> None:
+def euler(
+    b: PlanBuilder, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
+) -> None:
     """Euler's method in rho. Without churn it takes DDIM's steps. s_tmin and s_tmax bound rho = sigma / alpha."""
     check_churn(s_churn, s_tmin, s_tmax, s_noise)
     for s, t in zip(b.points, b.points[1:]):
@@ -51,10 +54,15 @@ def euler(b: PlanBuilder, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: flo
         b.write(x=euler_step(b, hat, t, d))
 
 
-@solver("heun", order=2, calls="2, 1 in a step from alpha = 0 or to sigma = 0",
-        paper="Elucidating the Design Space of Diffusion Models, 2206.00364, Alg. 1 and 2")
-def heun(b: PlanBuilder, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf,
-         s_noise: float = 1.0) -> None:
+@solver(
+    "heun",
+    order=2,
+    calls="2, 1 in a step from alpha = 0 or to sigma = 0",
+    paper="Elucidating the Design Space of Diffusion Models, 2206.00364, Alg. 1 and 2",
+)
+def heun(
+    b: PlanBuilder, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
+) -> None:
     """Heun's method (trapezoid) in rho. A step that ends at sigma = 0 is Euler's."""
     check_churn(s_churn, s_tmin, s_tmax, s_noise)
     for s, t in zip(b.points, b.points[1:]):

@@ -8,8 +8,14 @@ from pydiff.plan_builder import PlanBuilder
 from pydiff.solvers.registry import solver
 
 
-@solver("euler_maruyama", order=1, calls="1", stochastic=True, exact_mean=False,
-        paper="Score-Based Generative Modeling through SDEs, 2011.13456, eq. 6 and App. D")
+@solver(
+    "euler_maruyama",
+    order=1,
+    calls="1",
+    stochastic=True,
+    exact_mean=False,
+    paper="Score-Based Generative Modeling through SDEs, 2011.13456, eq. 6 and App. D",
+)
 def euler_maruyama(b: PlanBuilder, last_noise: bool = False) -> None:
     """dx = [f x - g^2 score] dt + g dw, one explicit step an interval. order: weak order.
 

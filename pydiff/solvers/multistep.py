@@ -34,8 +34,9 @@ def order_at(points: list[Point], i: int, order: int, lower_order_final: bool | 
     return min(order, steps - i) if lower else order
 
 
-def derivatives(b: PlanBuilder, points: list[Point], i: int, d: Combination, order: int, *,
-                halve_second: bool = False) -> list[Combination]:
+def derivatives(
+    b: PlanBuilder, points: list[Point], i: int, d: Combination, order: int, *, halve_second: bool = False
+) -> list[Combination]:
     """h^k D_k for k = 1 .. order - 1 at point i: the derivatives in log-SNR of the polynomial through the history.
 
     h is the step from point i to i + 1; the history holds d at points i - 1, i - 2. halve_second reproduces a factor
@@ -53,8 +54,9 @@ def derivatives(b: PlanBuilder, points: list[Point], i: int, d: Combination, ord
     return [first + r0 * second, second if halve_second else 2.0 * second]
 
 
-def extrapolate(b: PlanBuilder, step: Transfer, d: Combination, terms: list[Combination],
-                solver_type: str) -> Combination:
+def extrapolate(
+    b: PlanBuilder, step: Transfer, d: Combination, terms: list[Combination], solver_type: str
+) -> Combination:
     """x after the step. "midpoint" takes phi_1 / 2 in place of phi_2 where the order is two (2211.01095, eq. 12)."""
     x = step.carry * b.x + step.phi(0) * d
     if len(terms) == 1 and solver_type == "midpoint":
@@ -71,8 +73,9 @@ def leave_pure_noise(b: PlanBuilder, s: Point, t: Point) -> None:
     b.write(x=step.carry * b.x + step.phi(0) * d, push=b.x / s.sigma)
 
 
-def multistep(b: PlanBuilder, target: str, order: int, solver_type: str, lower_order_final: bool | str,
-              compat: bool = False) -> None:
+def multistep(
+    b: PlanBuilder, target: str, order: int, solver_type: str, lower_order_final: bool | str, compat: bool = False
+) -> None:
     """DPM-Solver (target "epsilon") and DPM-Solver++ (target "sample"), multistep, of order 1 to 3."""
     check_order_options(solver_type, lower_order_final)
     for i, (s, t) in enumerate(zip(b.points, b.points[1:])):

@@ -51,8 +51,16 @@ class Solver:
 _SOLVERS: dict[str, Solver] = {}
 
 
-def solver(name: str, *, order: int, calls: str, paper: str, stochastic: bool = False, exact_mean: bool = True,
-           order_rule: Callable[..., int] | None = None) -> Callable[[SolverFunction], SolverFunction]:
+def solver(
+    name: str,
+    *,
+    order: int,
+    calls: str,
+    paper: str,
+    stochastic: bool = False,
+    exact_mean: bool = True,
+    order_rule: Callable[..., int] | None = None,
+) -> Callable[[SolverFunction], SolverFunction]:
     """Register a solver function under `name`."""
 
     def register(build: SolverFunction) -> SolverFunction:

@@ -28,8 +28,15 @@ def unipc_weights(z: float, ratios: list[float], variant: str, fixed_half: bool)
     return [float(a) for a in np.linalg.solve(matrix, np.array(right))]
 
 
-def unipc_step(step: Transfer, z_sign: float, x: Combination, d0: Combination, nodes: list[tuple[float, Combination]],
-               variant: str, fixed_half: bool) -> Combination:
+def unipc_step(
+    step: Transfer,
+    z_sign: float,
+    x: Combination,
+    d0: Combination,
+    nodes: list[tuple[float, Combination]],
+    variant: str,
+    fixed_half: bool,
+) -> Combination:
     """x at the end of a step from x and d0, with further values of d at fractions `nodes` of the step."""
     result = step.carry * x + step.phi(0) * d0
     if nodes:
@@ -40,10 +47,21 @@ def unipc_step(step: Transfer, z_sign: float, x: Combination, d0: Combination, n
     return result
 
 
-@solver("unipc", order=3, calls="1", paper="UniPC, 2302.04867, Alg. 1 to 4",
-        order_rule=lambda order, corrector, **_: min(order, 2) + bool(corrector))
-def unipc(b: PlanBuilder, order: int = 2, variant: str = "bh2", corrector: bool = True, predict_x0: bool = True,
-          lower_order_final: bool | str = "auto") -> None:
+@solver(
+    "unipc",
+    order=3,
+    calls="1",
+    paper="UniPC, 2302.04867, Alg. 1 to 4",
+    order_rule=lambda order, corrector, **_: min(order, 2) + bool(corrector),
+)
+def unipc(
+    b: PlanBuilder,
+    order: int = 2,
+    variant: str = "bh2",
+    corrector: bool = True,
+    predict_x0: bool = True,
+    lower_order_final: bool | str = "auto",
+) -> None:
     """UniPC-p: order p predictor (UniP), raised by one by the corrector (UniC), at one call a step.
 
     order: 1 to 3. variant: "bh1" or "bh2", the function B(h). corrector: use UniC. predict_x0: integrate x0
@@ -68,8 +86,11 @@ def unipc(b: PlanBuilder, order: int = 2, variant: str = "bh2", corrector: bool 
             x = unipc_step(step, sign, b.base, b.history(1), nodes, variant, fixed_half=previous == 1)
         previous = order_at(points, i, order, lower_order_final)
         nodes = _past_nodes(b, points, i, previous, first=1)
-        b.write(x=unipc_step(Transfer(s, t, target), sign, x, d, nodes, variant, fixed_half=previous == 2),
-                base=x if corrector else None, push=d)
+        b.write(
+            x=unipc_step(Transfer(s, t, target), sign, x, d, nodes, variant, fixed_half=previous == 2),
+            base=x if corrector else None,
+            push=d,
+        )
 
 
 def _correctable(s: Point, t: Point, variant: str, target: str) -> bool:

@@ -135,8 +135,15 @@ def sampler_state() -> StageTensors:
     index = torch.full((stages, table.INDEX_COLUMNS), -1, dtype=torch.int32, device=DEVICE)
     index[:, table.DRAW0] = torch.arange(stages)
     x = noise.normal(torch.arange(rows, device=DEVICE), noise.INITIAL_DRAW, (8, 32, 32))
-    return StageTensors(x[None].clone(), ints(0, 2, 4), ints(stages, stages, 9), torch.arange(rows, device=DEVICE), c,
-                        index, nonfinite=ints(-1, -1, -1))
+    return StageTensors(
+        x[None].clone(),
+        ints(0, 2, 4),
+        ints(stages, stages, 9),
+        torch.arange(rows, device=DEVICE),
+        c,
+        index,
+        nonfinite=ints(-1, -1, -1),
+    )
 
 
 @torch.no_grad()

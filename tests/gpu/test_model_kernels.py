@@ -33,9 +33,13 @@ def affine(channels: int) -> tuple[Tensor, Tensor]:
 
 
 def norm_case(n: int, c: int, hw: int, layout: Callable[[Tensor], Tensor] = nhwc, **options: Any) -> Arguments:
-    given = {"add": lambda: randn(n, c), "x2": lambda: layout(randn(n, c, hw, hw)),
-             "residual": lambda: layout(randn(n, c, hw, hw)),
-             "scale": lambda: randn(n, c, scale=0.1), "shift": lambda: randn(n, c)}
+    given = {
+        "add": lambda: randn(n, c),
+        "x2": lambda: layout(randn(n, c, hw, hw)),
+        "residual": lambda: layout(randn(n, c, hw, hw)),
+        "scale": lambda: randn(n, c, scale=0.1),
+        "shift": lambda: randn(n, c),
+    }
     made = {k: given[k]() if v is True else v for k, v in options.items()}
     total = 2 * c if options.get("x2") else c
     return (layout(randn(n, c, hw, hw)), 32, *affine(total), 1e-5), made
@@ -51,8 +55,11 @@ CASES: dict[str, tuple[Any, str, Callable[[], Arguments]]] = {
     "norm 320x64 silu add": (group_norm, "group_norm", lambda: norm_case(2, 320, 64, activation="silu", add=True)),
     "norm 1280x8": (group_norm, "group_norm", lambda: norm_case(2, 1280, 8, activation="silu")),
     "norm 2x960x32": (group_norm, "group_norm", lambda: norm_case(2, 960, 32, activation="silu", x2=True)),
-    "norm 2560x16 scale": (group_norm, "group_norm",
-                           lambda: norm_case(2, 2560, 16, activation="silu", scale=True, shift=True)),
+    "norm 2560x16 scale": (
+        group_norm,
+        "group_norm",
+        lambda: norm_case(2, 2560, 16, activation="silu", scale=True, shift=True),
+    ),
     "norm 640x32 residual": (group_norm, "group_norm", lambda: norm_case(2, 640, 32, residual=True)),
     "norm 128x512": (group_norm, "group_norm", lambda: norm_case(1, 128, 512, activation="silu")),
     "norm 512x128 NCHW": (group_norm, "group_norm", lambda: norm_case(1, 512, 128, torch.Tensor.contiguous)),
@@ -63,23 +70,46 @@ CASES: dict[str, tuple[Any, str, Callable[[], Arguments]]] = {
     "attention 512": (attention, "attention", lambda: heads(1, 1, 4096, 4096, 512)),
     "attention text": (attention, "attention", lambda: heads(2, 8, 4096, 77, 40)),
     "geglu": (geglu, "geglu", lambda: ((randn(2, 4096, 2560),), {})),
-    "linear_geglu": (geglu, "linear_geglu",
-                     lambda: ((randn(2, 4096, 320), randn(2560, 320, scale=0.05), randn(2560)), {})),
-    "linear_geglu small": (geglu, "linear_geglu",
-                           lambda: ((randn(2, 64, 1280), randn(10240, 1280, scale=0.03), randn(10240)), {})),
+    "linear_geglu": (
+        geglu,
+        "linear_geglu",
+        lambda: ((randn(2, 4096, 320), randn(2560, 320, scale=0.05), randn(2560)), {}),
+    ),
+    "linear_geglu small": (
+        geglu,
+        "linear_geglu",
+        lambda: ((randn(2, 64, 1280), randn(10240, 1280, scale=0.03), randn(10240)), {}),
+    ),
     "layer_norm": (layer_norm, "layer_norm", lambda: ((randn(2, 4096, 320), *affine(320), 1e-5), {})),
-    "layer_norm residual": (layer_norm, "layer_norm", lambda: (
-        (randn(2, 1024, 1280), *affine(1280), 1e-5), {"residual": randn(2, 1024, 1280)})),
-    "layer_norm adaptive": (layer_norm, "layer_norm", lambda: (
-        (randn(2, 256, 1152), None, None, 1e-6),
-        {"residual": randn(2, 256, 1152), **{k: randn(2, 1152) for k in ("gate", "scale", "shift")}})),
-    "residual_add": (residual, "residual_add", lambda: (
-        (nhwc(randn(2, 320, 64, 64)), nhwc(randn(2, 320, 64, 64))), {"bias": randn(320), "scale": 0.5})),
+    "layer_norm residual": (
+        layer_norm,
+        "layer_norm",
+        lambda: ((randn(2, 1024, 1280), *affine(1280), 1e-5), {"residual": randn(2, 1024, 1280)}),
+    ),
+    "layer_norm adaptive": (
+        layer_norm,
+        "layer_norm",
+        lambda: (
+            (randn(2, 256, 1152), None, None, 1e-6),
+            {"residual": randn(2, 256, 1152), **{k: randn(2, 1152) for k in ("gate", "scale", "shift")}},
+        ),
+    ),
+    "residual_add": (
+        residual,
+        "residual_add",
+        lambda: ((nhwc(randn(2, 320, 64, 64)), nhwc(randn(2, 320, 64, 64))), {"bias": randn(320), "scale": 0.5}),
+    ),
     "rms_norm": (rms_norm, "rms_norm", lambda: ((randn(2, 4096, 24, 128), randn(128), 1e-6), {})),
-    "qk_norm_rotary": (rms_norm, "qk_norm_rotary", lambda: (
-        (*randn(2, 1024, 2, 24, 64).unbind(2), randn(64), randn(64), randn(1024, 64), randn(1024, 64)), {})),
-    "upsample": (upsample, "upsample_conv2d", lambda: (
-        (nhwc(randn(2, 640, 32, 32)), nhwc(randn(640, 640, 3, 3, scale=0.013)), randn(640)), {})),
+    "qk_norm_rotary": (
+        rms_norm,
+        "qk_norm_rotary",
+        lambda: ((*randn(2, 1024, 2, 24, 64).unbind(2), randn(64), randn(64), randn(1024, 64), randn(1024, 64)), {}),
+    ),
+    "upsample": (
+        upsample,
+        "upsample_conv2d",
+        lambda: ((nhwc(randn(2, 640, 32, 32)), nhwc(randn(640, 640, 3, 3, scale=0.013)), randn(640)), {}),
+    ),
 }
 
 
@@ -165,10 +195,19 @@ def test_a_model_optimised_on_the_device() -> None:
     import pydiff
 
     torch.manual_seed(0)
-    model = diffusers.UNet2DConditionModel(
-        sample_size=32, cross_attention_dim=64, block_out_channels=(320, 640), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).cuda().eval().requires_grad_(False)
+    model = (
+        diffusers.UNet2DConditionModel(
+            sample_size=32,
+            cross_attention_dim=64,
+            block_out_channels=(320, 640),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )
+        .cuda()
+        .eval()
+        .requires_grad_(False)
+    )
     x, t, text = randn(2, 4, 32, 32), torch.tensor([500, 3], device="cuda"), randn(2, 77, 64)
     exact = model.double()(x.double(), t, text.double()).sample
     model.bfloat16()

@@ -48,14 +48,33 @@ def test_dtypes(dtype, model_dtype, sample):
 @pytest.mark.parametrize("copies", [1, 2])
 def test_strides(layout, copies):
     for seed, dtype in enumerate((torch.float32, torch.bfloat16)):
-        run(seed, Options(sample=(5, 19, 23), layout=layout, copies=copies, present=OPTIONAL, model_dtype=dtype,
-                          input_dtype=dtype, slots=4))
+        run(
+            seed,
+            Options(
+                sample=(5, 19, 23),
+                layout=layout,
+                copies=copies,
+                present=OPTIONAL,
+                model_dtype=dtype,
+                input_dtype=dtype,
+                slots=4,
+            ),
+        )
 
 
 def test_random_programs():
     for seed in range(300):
-        run(seed, Options(rows=1 + seed % 5, slots=seed % 6, copies=1 + seed % 2, present=OPTIONAL[: seed % 6],
-                          layout=LAYOUTS[seed % len(LAYOUTS)], sample=(1 + seed % 7, 1 + seed % 11)))
+        run(
+            seed,
+            Options(
+                rows=1 + seed % 5,
+                slots=seed % 6,
+                copies=1 + seed % 2,
+                present=OPTIONAL[: seed % 6],
+                layout=LAYOUTS[seed % len(LAYOUTS)],
+                sample=(1 + seed % 7, 1 + seed % 11),
+            ),
+        )
 
 
 @pytest.mark.parametrize("options", [Options(rows=0), Options(sample=(0,)), Options(rows=1000, sample=(3,))])
@@ -82,8 +101,12 @@ def plain_case(rows: int = 4, sample: tuple[int, ...] = (4, 32, 32), stages: int
     index = torch.full((stages, table.INDEX_COLUMNS), -1, dtype=torch.int32, device=CUDA)
     index[:, table.WRITE_A] = 0
     return StageTensors(
-        torch.randn(1 + slots, rows, *sample, device=CUDA), torch.zeros(rows, dtype=torch.int32, device=CUDA),
-        torch.full((rows,), stages, dtype=torch.int32, device=CUDA), torch.arange(rows, device=CUDA), c, index,
+        torch.randn(1 + slots, rows, *sample, device=CUDA),
+        torch.zeros(rows, dtype=torch.int32, device=CUDA),
+        torch.full((rows,), stages, dtype=torch.int32, device=CUDA),
+        torch.arange(rows, device=CUDA),
+        c,
+        index,
         nonfinite=torch.full((rows,), -1, dtype=torch.int32, device=CUDA),
     )
 
@@ -95,8 +118,9 @@ def test_rows_are_bit_identical_in_any_batch():
     t.cursor = torch.arange(64, dtype=torch.int32, device=CUDA) % 40
     m = torch.randn(64, 4, 32, 32, device=CUDA)
     order = torch.randperm(64)[:23]
-    some = StageTensors(t.registers[:, order].contiguous(), t.cursor[order], t.stop[order], t.seeds[order],
-                        t.coefficients, t.indices)
+    some = StageTensors(
+        t.registers[:, order].contiguous(), t.cursor[order], t.stop[order], t.seeds[order], t.coefficients, t.indices
+    )
     stage(some, m[order])
     stage(t, m)
     assert torch.equal(some.registers, t.registers[:, order]) and torch.equal(some.cursor, t.cursor[order])

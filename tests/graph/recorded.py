@@ -66,7 +66,7 @@ class RecordedGraph:
         self.replays += 1
         for operator, args, kwargs, made in self.calls:
             again = [t for t in pytree.tree_leaves(operator(*args, **kwargs)) if isinstance(t, torch.Tensor)]
-            for target, value in zip(made, again[-len(made):] if made else []):
+            for target, value in zip(made, again[-len(made) :] if made else []):
                 if target.data_ptr() != value.data_ptr():
                     target.copy_(value)
 

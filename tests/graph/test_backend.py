@@ -156,7 +156,9 @@ def test_runs_of_one_stream_come_one_after_the_other(cuda) -> None:
 
 def test_without_a_device_or_where_it_is_turned_off(monkeypatch) -> None:
     assert CudaGraphs().available(torch.device("cpu")) == (
-        False, "CUDA graphs need a CUDA device, the samples are on cpu")
+        False,
+        "CUDA graphs need a CUDA device, the samples are on cpu",
+    )
     monkeypatch.setattr("pydiff._native._disabled", frozenset({"graph"}))
     assert CudaGraphs().available(DEVICE) == (False, "PYDIFF_DISABLE names graph")
 

@@ -16,8 +16,13 @@ import pydiff
 from pydiff.graph.capturable import check_capturable, check_plan
 from pydiff.ops.stage import stage_reference
 
-STOCHASTIC = {"ddim": {"eta": 0.7}, "euler": {"s_churn": 4.0}, "heun": {"s_churn": 4.0},
-              "euler_maruyama": {"last_noise": True}, "dpmpp_2m_sde": {"solver_type": "heun"}}
+STOCHASTIC = {
+    "ddim": {"eta": 0.7},
+    "euler": {"s_churn": 4.0},
+    "heun": {"s_churn": 4.0},
+    "euler_maruyama": {"last_noise": True},
+    "dpmpp_2m_sde": {"solver_type": "heun"},
+}
 SOLVERS = [(entry.name, {}) for entry in pydiff.list_solvers()] + list(STOCHASTIC.items())
 IDS = [name + "".join(f"-{key}" for key in options) for name, options in SOLVERS]
 
@@ -66,10 +71,20 @@ class Tokens(nn.Linear):
 
 def diffusers_unet() -> nn.Module:
     diffusers = pytest.importorskip("diffusers")
-    return diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=12, attention_head_dim=4,
-        norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")).eval().requires_grad_(False)
+    return (
+        diffusers.UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            cross_attention_dim=12,
+            attention_head_dim=4,
+            norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 @functools.cache
@@ -90,10 +105,19 @@ def workload(name: str) -> tuple[nn.Module, tuple[int, ...], dict[str, Any], dic
 def assert_capturable(name: str, solver: str, *, steps: int = 3, guided: bool = True, **options: Any) -> None:
     """The plan runs with guidance, inpainting and, on the host, nothing that waits, copies or allocates."""
     model, shape, cond, uncond = workload(name)
-    plan = pydiff.make_plan(solver, pydiff.VPLinear(), steps, known=True, guidance_scale=3.0 if guided else 1.0,
-                            **options)
-    report = check_plan(plan, model, torch.zeros(shape), cond=cond, uncond=uncond if guided else None,
-                        mask=torch.ones(shape[1:]), known=torch.zeros(shape), allocations=True)
+    plan = pydiff.make_plan(
+        solver, pydiff.VPLinear(), steps, known=True, guidance_scale=3.0 if guided else 1.0, **options
+    )
+    report = check_plan(
+        plan,
+        model,
+        torch.zeros(shape),
+        cond=cond,
+        uncond=uncond if guided else None,
+        mask=torch.ones(shape[1:]),
+        known=torch.zeros(shape),
+        allocations=True,
+    )
     assert report.ok, str(report)
     assert report.calls == len(plan) and report.operators > 5 * report.calls
 
@@ -210,17 +234,24 @@ def test_threads_may_check_at_the_same_time():
     assert found == [True] * 3
 
 
-@pytest.mark.parametrize("arguments, options, message", [
-    ((3, (2, 4)), {}, "model must be callable"),
-    ((lambda x, t: x, 4), {}, r"x \(a tensor, or its shape\) must be \[batch, \*sample\], .* got 4"),
-    ((lambda x, t: x, (2, 1.5)), {}, r"x \(a tensor, or its shape\) must be"),
-    ((lambda x, t: x, torch.zeros(2, 4, dtype=torch.int32)), {}, "x must be a floating-point tensor"),
-    ((lambda x, t: x, (2, 4)), {"cond": [1]}, "cond must be a mapping"),
-    ((lambda x, t: x, (2, 4)), {"solver": "no_such"}, "no_such"),
-    ((lambda x, t: x, (2, 4)), {"nonsense": 1}, "nonsense"),
-    ((lambda x, t: x, (2, 4)), {"guidance_scale": 3.0}, "give uncond="),
-    ((pydiff.Sampler(lambda x, t: x, "euler", 3), (2, 4)), {"solver": "euler"}, "a Sampler has its options already"),
-])
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        ((3, (2, 4)), {}, "model must be callable"),
+        ((lambda x, t: x, 4), {}, r"x \(a tensor, or its shape\) must be \[batch, \*sample\], .* got 4"),
+        ((lambda x, t: x, (2, 1.5)), {}, r"x \(a tensor, or its shape\) must be"),
+        ((lambda x, t: x, torch.zeros(2, 4, dtype=torch.int32)), {}, "x must be a floating-point tensor"),
+        ((lambda x, t: x, (2, 4)), {"cond": [1]}, "cond must be a mapping"),
+        ((lambda x, t: x, (2, 4)), {"solver": "no_such"}, "no_such"),
+        ((lambda x, t: x, (2, 4)), {"nonsense": 1}, "nonsense"),
+        ((lambda x, t: x, (2, 4)), {"guidance_scale": 3.0}, "give uncond="),
+        (
+            (pydiff.Sampler(lambda x, t: x, "euler", 3), (2, 4)),
+            {"solver": "euler"},
+            "a Sampler has its options already",
+        ),
+    ],
+)
 def test_bad_input_is_named_before_anything_runs(arguments, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         check_capturable(*arguments, **options)

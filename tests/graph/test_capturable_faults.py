@@ -170,14 +170,17 @@ class Counting(nn.Module):
         return x * 0.5
 
 
-@pytest.mark.parametrize("way, code", [
-    ("number", "return x * self.calls"),
-    ("number on the host", "return x * torch.tensor(float(self.calls))"),
-    ("shape", "return x[..., : self.calls].mean(-1, keepdim=True) + x"),
-    ("operator", "return x.sin() if self.calls % 2 else x.cos()"),
-    ("one less", "return x * 0.5"),
-    ("one more", "x = x + 2"),
-])
+@pytest.mark.parametrize(
+    "way, code",
+    [
+        ("number", "return x * self.calls"),
+        ("number on the host", "return x * torch.tensor(float(self.calls))"),
+        ("shape", "return x[..., : self.calls].mean(-1, keepdim=True) + x"),
+        ("operator", "return x.sin() if self.calls % 2 else x.cos()"),
+        ("one less", "return x * 0.5"),
+        ("one more", "x = x + 2"),
+    ],
+)
 def test_a_model_that_changes_from_call_to_call(way, code):
     model = Counting(way)
     (problem,) = check_capturable(model, SHAPE_X).problems
@@ -253,9 +256,16 @@ def test_views_and_writing_in_place_are_no_allocations(monkeypatch):
 
 
 def modes() -> tuple[Any, ...]:
-    return (_get_current_function_mode_stack(), _get_current_dispatch_mode_stack(), torch.is_grad_enabled(),
-            torch.cuda.synchronize, torch.cuda.empty_cache, torch.cuda.Event.synchronize,
-            torch.cuda.Stream.synchronize, torch.accelerator.synchronize)
+    return (
+        _get_current_function_mode_stack(),
+        _get_current_dispatch_mode_stack(),
+        torch.is_grad_enabled(),
+        torch.cuda.synchronize,
+        torch.cuda.empty_cache,
+        torch.cuda.Event.synchronize,
+        torch.cuda.Stream.synchronize,
+        torch.accelerator.synchronize,
+    )
 
 
 def test_an_error_of_the_model_is_a_finding_and_leaves_torch_as_it_was():

@@ -71,8 +71,10 @@ def test_another_solver_steps_guidance_seed_or_condition_replays_the_same_graphs
     check(s, seed=SEEDS, guidance_scale=7.5, **given)
     check(s, seed=SEEDS, guidance_scale=lambda t: 2 + t, **given)
     check(s, seed=SEEDS, cond={"labels": torch.tensor([5, 6, 7])}, uncond={"labels": -1})
-    plans = [s.make_plan(name, steps, guidance_scale=g) for name, steps, g in
-             (("ddim", 2, 1.0), ("unipc", 5, 4.0), ("dpmpp_2m", 4, 0.0))]
+    plans = [
+        s.make_plan(name, steps, guidance_scale=g)
+        for name, steps, g in (("ddim", 2, 1.0), ("unipc", 5, 4.0), ("dpmpp_2m", 4, 0.0))
+    ]
     check(s, seed=SEEDS, plan=plans, **given)
     assert torch.equal(s(SHAPE, seed=SEEDS, **given), first)
     assert len(backend.graphs) == made and s.stats().captures == 1
@@ -173,7 +175,7 @@ def test_callbacks_previews_and_progress(mode, capsys) -> None:
     s = sampler(mode, "dpmpp_2m", 9)
     for steps in (1, 4, [0, 5], 100, []):
         check(s, seed=SEEDS, callback=note, callback_steps=steps, progress=True)
-        ours, theirs = seen[: len(seen) // 2], seen[len(seen) // 2:]
+        ours, theirs = seen[: len(seen) // 2], seen[len(seen) // 2 :]
         assert len(ours) == len(theirs)
         for a, b in zip(ours, theirs):
             assert a[:3] == b[:3] and torch.equal(a[3], b[3]) and torch.equal(a[4], b[4])
@@ -223,8 +225,12 @@ def test_callbacks_and_noise_functions_run_without_gradients_as_in_the_eager_loo
     s = sampler("stage", "dpmpp_2m_sde", 4)
     weight = torch.ones(SHAPE, requires_grad=True)
     seen: list[bool] = []
-    check(s, torch.randn(SHAPE), noise=lambda k: weight * (k + 1),
-          callback=lambda info: seen.append((weight * info.x).requires_grad))
+    check(
+        s,
+        torch.randn(SHAPE),
+        noise=lambda k: weight * (k + 1),
+        callback=lambda info: seen.append((weight * info.x).requires_grad),
+    )
     assert seen == [False] * 8
 
 

@@ -40,8 +40,10 @@ def test_it_needs_a_cuda_device() -> None:
         assert can_use_device_loop(CUDA) == (False, "torch finds no CUDA device")
 
 
-@pytest.mark.parametrize("built, driver, reason", [(12030, 13000, "built with CUDA 12.3"),
-                                                   (13000, 12020, "driver supports CUDA 12.2"), (12040, 12040, "")])
+@pytest.mark.parametrize(
+    "built, driver, reason",
+    [(12030, 13000, "built with CUDA 12.3"), (13000, 12020, "driver supports CUDA 12.2"), (12040, 12040, "")],
+)
 def test_it_needs_cuda_12_4_twice(monkeypatch, built, driver, reason) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_native, "available", lambda op, device: (True, ""))
@@ -58,16 +60,19 @@ def test_it_can_be_turned_off(monkeypatch) -> None:
     assert can_use_device_loop(CUDA) == (False, "PYDIFF_DISABLE names device_loop")
 
 
-@pytest.mark.parametrize("changed, error, message", [
-    ({"cursor": ints(0, 0).long()}, TypeError, "cursor must be torch.int32, got torch.int64"),
-    ({"remaining": torch.ones(1)}, TypeError, "remaining must be torch.int32"),
-    ({"cursor": ints(0, 0).view(2, 1)}, ValueError, r"cursor must have shape \[rows\], got \[2, 1\]"),
-    ({"stop": ints(3)}, ValueError, r"stop must have shape \[2\], got \[1\]"),
-    ({"remaining": ints(3, 3)}, ValueError, r"remaining must have shape \[1\]"),
-    ({"stop": ints(3, 3).to("meta")}, ValueError, "stop must be on cpu, where cursor is, got meta"),
-    ({"stop": ints(3, 3, 3, 3)[::2]}, ValueError, "stop must be contiguous"),
-    ({}, _native.Unsupported, "cpu"),
-])
+@pytest.mark.parametrize(
+    "changed, error, message",
+    [
+        ({"cursor": ints(0, 0).long()}, TypeError, "cursor must be torch.int32, got torch.int64"),
+        ({"remaining": torch.ones(1)}, TypeError, "remaining must be torch.int32"),
+        ({"cursor": ints(0, 0).view(2, 1)}, ValueError, r"cursor must have shape \[rows\], got \[2, 1\]"),
+        ({"stop": ints(3)}, ValueError, r"stop must have shape \[2\], got \[1\]"),
+        ({"remaining": ints(3, 3)}, ValueError, r"remaining must have shape \[1\]"),
+        ({"stop": ints(3, 3).to("meta")}, ValueError, "stop must be on cpu, where cursor is, got meta"),
+        ({"stop": ints(3, 3, 3, 3)[::2]}, ValueError, "stop must be contiguous"),
+        ({}, _native.Unsupported, "cpu"),
+    ],
+)
 def test_bad_arguments(changed, error, message) -> None:
     tensors = {"cursor": ints(0, 0), "stop": ints(3, 3), "remaining": ints(1)} | changed
     with pytest.raises(error, match=message):
@@ -79,8 +84,10 @@ def test_bad_arguments(changed, error, message) -> None:
 
 @pytest.mark.skipif(not hasattr(_native._C, "while_decision"), reason="needs compiled code of this version")
 @pytest.mark.parametrize("threads", [1, 32, 1024])
-@pytest.mark.parametrize("left, remaining", [([3, 7, 5], 100), ([3, 7, 5], 4), ([3, 7, 5], 0), ([3], -1), ([0, 0], 5),
-                                             ([], 5), ([0] * 40 + [2], 5)])
+@pytest.mark.parametrize(
+    "left, remaining",
+    [([3, 7, 5], 100), ([3, 7, 5], 4), ([3, 7, 5], 0), ([3], -1), ([0, 0], 5), ([], 5), ([0] * 40 + [2], 5)],
+)
 def test_stages_run_until_all_rows_end_or_none_may_be_run(threads, left, remaining) -> None:
     cursor, stop = torch.arange(len(left), dtype=torch.int32), torch.arange(len(left), dtype=torch.int32) + ints(*left)
     may_run = ints(remaining)
@@ -157,9 +164,18 @@ def test_a_failed_creation_leaves_nothing(program) -> None:
     assert creation_is_clean(program)
 
 
-@pytest.mark.parametrize("node, name", [(3, "host function"), (6, "wait for an event"), (7, "event record"),
-                                        (10, "memory allocation"), (11, "memory release"), (13, "conditional node"),
-                                        (8, "no kernel")])
+@pytest.mark.parametrize(
+    "node, name",
+    [
+        (3, "host function"),
+        (6, "wait for an event"),
+        (7, "event record"),
+        (10, "memory allocation"),
+        (11, "memory release"),
+        (13, "conditional node"),
+        (8, "no kernel"),
+    ],
+)
 def test_a_stage_that_cannot_loop_is_named(program, node, name) -> None:
     error, live, _, _, what = run(program, "node", node)[0].split(maxsplit=4)
     assert (int(error), int(live)) == (NOT_SUPPORTED, 0) and name in what
@@ -170,11 +186,14 @@ def test_kernels_copies_and_fills_can_loop(program, node) -> None:
     assert len(run(program, "node", node)) == 3
 
 
-@pytest.mark.parametrize("right, wrong, check", [
-    ("graph, nullptr, loop, 0,", "graph, nullptr, loop, 1,", counts_are_right),
-    ("if (error) while_graph_destroy(out);", "", creation_is_clean),
-    ("if (error) cudaGetLastError();", "", creation_is_clean),
-])
+@pytest.mark.parametrize(
+    "right, wrong, check",
+    [
+        ("graph, nullptr, loop, 0,", "graph, nullptr, loop, 1,", counts_are_right),
+        ("if (error) while_graph_destroy(out);", "", creation_is_clean),
+        ("if (error) cudaGetLastError();", "", creation_is_clean),
+    ],
+)
 def test_a_wrong_graph_would_be_seen(tmp_path, right, wrong, check) -> None:
     text = SOURCE.read_text()
     assert right in text

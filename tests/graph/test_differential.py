@@ -81,10 +81,15 @@ def poison() -> Iterator[None]:
 @given(data=st.data())
 def test_any_sequence_of_calls(data: st.DataObject) -> None:
     draw, model = data.draw, Net()
-    sampler = pydiff.Sampler(model, "dpmpp_2m", 4, schedule=draw(st.sampled_from(SCHEDULES)),
-                             dtype=draw(st.sampled_from([torch.float32, torch.float64])),
-                             model_dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
-                             guidance_scale=draw(st.sampled_from([1.0, 2.5])))
+    sampler = pydiff.Sampler(
+        model,
+        "dpmpp_2m",
+        4,
+        schedule=draw(st.sampled_from(SCHEDULES)),
+        dtype=draw(st.sampled_from([torch.float32, torch.float64])),
+        model_dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        guidance_scale=draw(st.sampled_from([1.0, 2.5])),
+    )
     sampler.graphs = CapturedLoop(draw(st.sampled_from(MODES)), draw(st.sampled_from([1, 2, 4])), RecordedGraphs())
     torch.manual_seed(draw(st.integers(0, 99)))
     for _ in range(draw(st.integers(1, 6))):

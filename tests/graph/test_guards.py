@@ -67,8 +67,18 @@ def less(net: Net) -> None:
     del net.kept
 
 
-CHANGES = [hook_changes, other_class, less, replace_parameter, replace_data, replace_buffer, add_hook, patch_forward,
-           change_number, other_dtype]
+CHANGES = [
+    hook_changes,
+    other_class,
+    less,
+    replace_parameter,
+    replace_data,
+    replace_buffer,
+    add_hook,
+    patch_forward,
+    change_number,
+    other_dtype,
+]
 
 
 class Halved(Net):
@@ -276,9 +286,14 @@ def test_models_that_are_no_modules_are_guarded(make) -> None:
             return self.factor * self.net(x, t)
 
     wrapper = Wrapper()
-    model = {"closure": lambda x, t: factor * net(x, t), "partial": functools.partial(net, labels=None),
-             "method": net.forward, "object": wrapper, "default": lambda x, t, net=net: net(x, t),
-             "global": uses_a_global}[make]
+    model = {
+        "closure": lambda x, t: factor * net(x, t),
+        "partial": functools.partial(net, labels=None),
+        "method": net.forward,
+        "object": wrapper,
+        "default": lambda x, t, net=net: net(x, t),
+        "global": uses_a_global,
+    }[make]
     s = pydiff.Sampler(model, "ddim", 4)
     s.graphs = CapturedLoop("loop", 4, RecordedGraphs())
     before = check(s, seed=SEEDS)

@@ -89,12 +89,15 @@ def test_graphs_of_a_sampler_share_a_pool() -> None:
 # ---------------------------------------------------------------------------- the choice of a mode
 
 
-@pytest.mark.parametrize("times, mode", [
-    ({"eager": 100, "stage": 50, "device": 40, "loop": 30}, "loop"),
-    ({"eager": 100, "stage": 50, "device": 30, "loop": 29.9}, "device"),
-    ({"eager": 100, "stage": 50, "device": 49.5, "loop": 49.5}, "stage"),
-    ({"eager": 100, "stage": 98.4, "device": 98.4, "loop": 98.4}, None),
-])
+@pytest.mark.parametrize(
+    "times, mode",
+    [
+        ({"eager": 100, "stage": 50, "device": 40, "loop": 30}, "loop"),
+        ({"eager": 100, "stage": 50, "device": 30, "loop": 29.9}, "device"),
+        ({"eager": 100, "stage": 50, "device": 49.5, "loop": 49.5}, "stage"),
+        ({"eager": 100, "stage": 98.4, "device": 98.4, "loop": 98.4}, None),
+    ],
+)
 def test_auto_takes_what_is_faster_by_two_per_cent(times, mode, monkeypatch) -> None:
     backend = RecordedGraphs(times=times)
     s = sampler("auto", "ddim", 5, backend=backend)
@@ -251,17 +254,25 @@ def test_without_a_cuda_device_samples_are_the_same(graph, recwarn) -> None:
 def test_errors_of_the_call_come_before_any_work() -> None:
     backend = RecordedGraphs()
     s = sampler("loop", "ddim", 5, backend=backend, guidance_scale=2.0)
-    for options, message in [({}, "give uncond="), ({"uncond": 3}, "uncond must be a mapping"),
-                             ({"uncond": {}, "seed": [1]}, "seed must be one integer or one for each"),
-                             ({"uncond": {}, "callback": 3}, "callback must be callable"),
-                             ({"uncond": {}, "callback": print, "callback_steps": 0}, "callback_steps must be"),
-                             ({"uncond": {}, "plan": "ddim"}, "plan must be a Plan"),
-                             ({"uncond": {}, "masks": torch.ones(1)}, "unexpected keyword argument 'masks'")]:
+    for options, message in [
+        ({}, "give uncond="),
+        ({"uncond": 3}, "uncond must be a mapping"),
+        ({"uncond": {}, "seed": [1]}, "seed must be one integer or one for each"),
+        ({"uncond": {}, "callback": 3}, "callback must be callable"),
+        ({"uncond": {}, "callback": print, "callback_steps": 0}, "callback_steps must be"),
+        ({"uncond": {}, "plan": "ddim"}, "plan must be a Plan"),
+        ({"uncond": {}, "masks": torch.ones(1)}, "unexpected keyword argument 'masks'"),
+    ]:
         with pytest.raises((TypeError, ValueError), match=message):
             s(SHAPE, **options)
     with pytest.raises(ValueError, match="mask must be a tensor that broadcasts"):
-        s(SHAPE, uncond={}, plan=s.make_plan("ddim", 4, guidance_scale=2.0, known=True), mask=torch.ones(7),
-          known=torch.zeros(SHAPE))
+        s(
+            SHAPE,
+            uncond={},
+            plan=s.make_plan("ddim", 4, guidance_scale=2.0, known=True),
+            mask=torch.ones(7),
+            known=torch.zeros(SHAPE),
+        )
     assert not backend.graphs
     check(s, seed=SEEDS, uncond={})
 

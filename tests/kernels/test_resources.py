@@ -33,8 +33,11 @@ def compiled(tmp_path: Path, *words: str) -> list[dict]:
 
 
 def check(rows: list[dict]) -> None:
-    bad = [(r["arch"], r["kernel"], r["case"], r) for r in rows
-           if r["error"] or r["stack_bytes"] or r["local_bytes"] or not r["blocks_per_sm"]]
+    bad = [
+        (r["arch"], r["kernel"], r["case"], r)
+        for r in rows
+        if r["error"] or r["stack_bytes"] or r["local_bytes"] or not r["blocks_per_sm"]
+    ]
     assert rows and not bad, bad
 
 

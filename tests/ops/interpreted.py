@@ -31,8 +31,14 @@ def assert_close(got: torch.Tensor, exact: torch.Tensor, chain: torch.Tensor, ul
     assert error <= 2 * allowed + ulps * ulp, f"error {error:.3g}; the chain's is {allowed:.3g}, and an ulp {ulp:.3g}"
 
 
-def compare(kernel: Callable[..., Any], reference: Callable[..., Any], *args: Any,
-            broken: dict[str, Any] | None = None, ulps: int = 1, **options: Any) -> None:
+def compare(
+    kernel: Callable[..., Any],
+    reference: Callable[..., Any],
+    *args: Any,
+    broken: dict[str, Any] | None = None,
+    ulps: int = 1,
+    **options: Any,
+) -> None:
     """Hold the kernel's results to `assert_close`; `broken` replaces options for the kernel alone."""
     got = kernel(*args, **{**options, **(broken or {})})
     exact = reference(*map(wide, args), **{name: wide(value) for name, value in options.items()})

@@ -94,9 +94,13 @@ def make_case(seed: int, options: Options, poison: bool = True) -> tuple[StageTe
     cursor = torch.tensor([rng.randrange(stages) for _ in range(b)], dtype=torch.int32)
     stop = torch.tensor([rng.choice((k, min(k + 1, stages), stages)) for k in cursor.tolist()], dtype=torch.int32)
     t = StageTensors(
-        registers=randn(1 + options.slots, b, *sample).to(dtype), cursor=cursor, stop=stop,
+        registers=randn(1 + options.slots, b, *sample).to(dtype),
+        cursor=cursor,
+        stop=stop,
         seeds=torch.tensor([rng.getrandbits(64) - 2**63 for _ in range(b)], dtype=torch.int64),
-        coefficients=c.to(dtype), indices=index, copies=options.copies,
+        coefficients=c.to(dtype),
+        indices=index,
+        copies=options.copies,
     )
     for name in options.present:
         value = randn(*((draws,) if name == "noise" else ()), b, *sample).to(dtype)

@@ -63,10 +63,7 @@ def test_infinities_and_nan_pass() -> None:
 
 def test_a_swapped_gate_or_an_approximate_gelu_would_be_seen() -> None:
     x = make(4, 64)
-    for wrong in (
-        lambda x: geglu_kernel(x.roll(32, 1)),
-        lambda x: x[:, :32] * F.gelu(x[:, 32:], approximate="tanh"),
-    ):
+    for wrong in (lambda x: geglu_kernel(x.roll(32, 1)), lambda x: x[:, :32] * F.gelu(x[:, 32:], approximate="tanh")):
         with pytest.raises(AssertionError, match="the chain's"):
             compare(wrong, geglu_reference, x)
 

@@ -30,8 +30,15 @@ def lay_out(x: torch.Tensor, last: bool) -> torch.Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if last and x.ndim > 2 else x.contiguous()
 
 
-def arguments(shape: tuple[int, ...], groups: int, dtype: torch.dtype, last: bool, variant: str, mean: float = 0.0,
-              channels2: int = 0) -> tuple[tuple, dict[str, Any]]:
+def arguments(
+    shape: tuple[int, ...],
+    groups: int,
+    dtype: torch.dtype,
+    last: bool,
+    variant: str,
+    mean: float = 0.0,
+    channels2: int = 0,
+) -> tuple[tuple, dict[str, Any]]:
     """A call's tensors: x with `shape`, of which a variant "x2" gives `channels2` channels (or all but 5) to x2."""
     generator = torch.Generator().manual_seed(math.prod(shape) + groups)
 
@@ -60,8 +67,9 @@ def to(value: Any, dtype: torch.dtype) -> Any:
 
 def assert_close(found: Any, args: tuple, more: dict[str, Any]) -> None:
     """The house's bound: twice the error of torch's chain in the same dtype, and an ulp."""
-    exact = ops.group_norm_reference(*(to(a, torch.float64) for a in args),
-                                     **{k: to(v, torch.float64) for k, v in more.items()})
+    exact = ops.group_norm_reference(
+        *(to(a, torch.float64) for a in args), **{k: to(v, torch.float64) for k, v in more.items()}
+    )
     chain = ops.group_norm_reference(*args, **more)
     if more.get("residual") is None:
         exact, chain, found = (exact,), (chain,), (found,)
@@ -84,8 +92,9 @@ def two_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def sweep(shapes: dict[tuple[int, ...], int], launches: int, variant: str, last: bool,
-          dtypes: tuple[torch.dtype, ...]) -> None:
+def sweep(
+    shapes: dict[tuple[int, ...], int], launches: int, variant: str, last: bool, dtypes: tuple[torch.dtype, ...]
+) -> None:
     """Every shape, each in one of the dtypes in turn."""
     for i, (shape, groups) in enumerate(shapes.items()):
         args, more = arguments(shape, groups, dtypes[(i + VARIANTS.index(variant) + last) % len(dtypes)], last, variant)
@@ -164,8 +173,7 @@ def test_constant_groups_outliers_and_nan(path: str, request: pytest.FixtureRequ
     exact = ops.group_norm_reference(x.double(), 2)
     assert (ops.group_norm_kernel(x, 2) - exact).abs().max() <= 1e-5 * exact.abs().max()
     x[0, 3, 3, 3] = math.nan
-    assert torch.equal(ops.group_norm_kernel(x, 2).isnan().flatten(2).all(2)[0],
-                       torch.arange(4, device=DEVICE) >= 2)
+    assert torch.equal(ops.group_norm_kernel(x, 2).isnan().flatten(2).all(2)[0], torch.arange(4, device=DEVICE) >= 2)
 
 
 @pytest.mark.parametrize("path", ["one", "two"])
@@ -209,18 +217,40 @@ def test_layouts_and_strides() -> None:
 
 
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(samples=st.integers(1, 3), groups=st.integers(1, 5), cpg=st.integers(1, 11), positions=st.integers(1, 70),
-       last=st.booleans(), two=st.booleans(), dtype=st.sampled_from(DTYPES), variant=st.sampled_from(VARIANTS))
-def test_any_shape(monkeypatch: pytest.MonkeyPatch, samples: int, groups: int, cpg: int,
-                   positions: int, last: bool, two: bool, dtype: torch.dtype, variant: str) -> None:
+@given(
+    samples=st.integers(1, 3),
+    groups=st.integers(1, 5),
+    cpg=st.integers(1, 11),
+    positions=st.integers(1, 70),
+    last=st.booleans(),
+    two=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    variant=st.sampled_from(VARIANTS),
+)
+def test_any_shape(
+    monkeypatch: pytest.MonkeyPatch,
+    samples: int,
+    groups: int,
+    cpg: int,
+    positions: int,
+    last: bool,
+    two: bool,
+    dtype: torch.dtype,
+    variant: str,
+) -> None:
     if variant == "x2" and groups * cpg < 6 or positions * cpg < 4:
         variant = "plain" if positions * cpg > 3 else "add"
     if positions * cpg < 4:
         return  # the statistics of a few values magnify rounding without bound
     with monkeypatch.context() as patch:
         if two:
-            patch.setattr(ops, "select", lambda s, c1, c2, p, g, i, n, *_: group_norm_plan._select_two(
-                s, c1, c2, p, g, i, n, math.gcd(8, c1, c2) if n else math.gcd(8, p), 2))
+            patch.setattr(
+                ops,
+                "select",
+                lambda s, c1, c2, p, g, i, n, *_: group_norm_plan._select_two(
+                    s, c1, c2, p, g, i, n, math.gcd(8, c1, c2) if n else math.gcd(8, p), 2
+                ),
+            )
         args, more = arguments((samples, groups * cpg, positions), groups, dtype, last, variant)
         assert_close(ops.group_norm_kernel(*args, **more), args, more)
 
@@ -228,11 +258,17 @@ def test_any_shape(monkeypatch: pytest.MonkeyPatch, samples: int, groups: int, c
 def test_bad_input() -> None:
     x = torch.zeros(2, 12, 3, 3)
     bad: list[tuple[str, dict[str, Any]]] = [
-        ("num_groups", {"num_groups": 5}), ("num_groups", {"num_groups": 0}), ("weight", {"weight": torch.ones(11)}),
-        ("bias", {"bias": torch.ones(12, dtype=torch.long)}), ("activation", {"activation": "gelu"}),
-        ("x2", {"x2": torch.zeros(2, 12, 3, 4)}), ("x2", {"x2": torch.zeros(2, 12, 3, 3).half()}),
-        ("residual", {"residual": torch.zeros(2, 12, 3)}), ("residual", {"x2": x, "residual": x}),
-        ("add", {"add": torch.zeros(3, 12)}), ("shift", {"scale": torch.zeros(2, 12)}),
+        ("num_groups", {"num_groups": 5}),
+        ("num_groups", {"num_groups": 0}),
+        ("weight", {"weight": torch.ones(11)}),
+        ("bias", {"bias": torch.ones(12, dtype=torch.long)}),
+        ("activation", {"activation": "gelu"}),
+        ("x2", {"x2": torch.zeros(2, 12, 3, 4)}),
+        ("x2", {"x2": torch.zeros(2, 12, 3, 3).half()}),
+        ("residual", {"residual": torch.zeros(2, 12, 3)}),
+        ("residual", {"x2": x, "residual": x}),
+        ("add", {"add": torch.zeros(3, 12)}),
+        ("shift", {"scale": torch.zeros(2, 12)}),
         ("scale", {"scale": torch.zeros(12), "shift": torch.zeros(12)}),
     ]
     for name, wrong in bad:
@@ -273,7 +309,10 @@ def test_fake_cuda_tensors_see_one_operator(size: int) -> None:
             both = ops.group_norm(x, 32, x2=x)
             _, s = ops.group_norm(x, 32, residual=x)
     assert [n for n in seen.names if n.startswith("pydiff")] == [
-        "pydiff.group_norm.default", "pydiff.group_norm.default", "pydiff.group_norm_residual.default"]
+        "pydiff.group_norm.default",
+        "pydiff.group_norm.default",
+        "pydiff.group_norm_residual.default",
+    ]
     assert y.shape == x.shape and y.stride() == s.stride() == x.stride() and y.dtype == x.dtype and y.is_cuda
     assert both.shape == (2, 640, size, size) and both.is_contiguous(memory_format=torch.channels_last)
 

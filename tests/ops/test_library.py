@@ -19,8 +19,24 @@ def case(**options) -> tuple[StageTensors, torch.Tensor]:
 
 
 def arguments(t: StageTensors, m: torch.Tensor) -> tuple:
-    return (m, t.registers, t.cursor, t.stop, t.seeds, t.coefficients, t.indices, t.copies, t.model_input, t.model_time,
-            t.mask, t.known, t.constant, t.extra, t.noise, t.nonfinite)
+    return (
+        m,
+        t.registers,
+        t.cursor,
+        t.stop,
+        t.seeds,
+        t.coefficients,
+        t.indices,
+        t.copies,
+        t.model_input,
+        t.model_time,
+        t.mask,
+        t.known,
+        t.constant,
+        t.extra,
+        t.noise,
+        t.nonfinite,
+    )
 
 
 @pytest.mark.parametrize("present", [(), OPTIONAL])

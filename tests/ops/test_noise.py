@@ -76,8 +76,14 @@ def test_normals_within_four_ulp_of_the_reference_over_sweeps_and_corners():
     corners = np.concatenate((edge, around, powers))
     fixed, varied = np.full_like(dense, 123456789), rng.integers(0, 2**32, dense.size, dtype=np.uint32)
     worst = 0
-    for r0, r1 in ((np.repeat(edge, len(corners)), np.tile(corners, len(edge))), (dense, fixed), (fixed, dense),
-                   (dense, varied), (varied, dense), (np.tile(corners, 20), varied[: 20 * len(corners)])):
+    for r0, r1 in (
+        (np.repeat(edge, len(corners)), np.tile(corners, len(edge))),
+        (dense, fixed),
+        (fixed, dense),
+        (dense, varied),
+        (varied, dense),
+        (np.tile(corners, 20), varied[: 20 * len(corners)]),
+    ):
         r0, r1 = np.ascontiguousarray(r0), np.ascontiguousarray(r1[: len(r0)])
         r0 = np.ascontiguousarray(r0[: len(r1)])
         expected = noise._box_muller_reference(*(torch.from_numpy(r.astype(np.int64)) for r in (r0, r1)))
@@ -165,13 +171,16 @@ def test_the_reference_runs_where_compiled_code_is_turned_off(monkeypatch):
     assert torch.equal(z, noise.normal_reference(seeds, torch.tensor([9, 9]), (2, 5)))
 
 
-@pytest.mark.parametrize("seeds, draw, dtype, message", [
-    (torch.zeros(2), 0, torch.float32, "seeds must be an int64 tensor"),
-    (torch.zeros(2, 2, dtype=torch.int64), 0, torch.float32, "seeds must be an int64 tensor"),
-    (torch.zeros(2, dtype=torch.int64), -1, torch.float32, "draw must be in"),
-    (torch.zeros(2, dtype=torch.int64), 2**32, torch.float32, "draw must be in"),
-    (torch.zeros(2, dtype=torch.int64), 0, torch.float16, "dtype must be"),
-])
+@pytest.mark.parametrize(
+    "seeds, draw, dtype, message",
+    [
+        (torch.zeros(2), 0, torch.float32, "seeds must be an int64 tensor"),
+        (torch.zeros(2, 2, dtype=torch.int64), 0, torch.float32, "seeds must be an int64 tensor"),
+        (torch.zeros(2, dtype=torch.int64), -1, torch.float32, "draw must be in"),
+        (torch.zeros(2, dtype=torch.int64), 2**32, torch.float32, "draw must be in"),
+        (torch.zeros(2, dtype=torch.int64), 0, torch.float16, "dtype must be"),
+    ],
+)
 def test_bad_input_is_named(seeds, draw, dtype, message):
     with pytest.raises(ValueError, match=message):
         noise.normal(seeds, draw, (2,), dtype=dtype)

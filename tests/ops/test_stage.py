@@ -69,7 +69,7 @@ def test_the_layout_is_the_one_in_csrc():
 )
 def test_shapes(backend, sample):
     for seed in range(3):
-        run(backend, seed, Options(sample=sample, present=OPTIONAL[seed :], copies=1 + seed % 2))
+        run(backend, seed, Options(sample=sample, present=OPTIONAL[seed:], copies=1 + seed % 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -83,8 +83,19 @@ def test_dtypes(backend, dtype, model_dtype):
 @pytest.mark.parametrize("copies", [1, 2])
 def test_strides(backend, layout, copies):
     for seed, model_dtype in enumerate((torch.float32, torch.bfloat16)):
-        run(backend, seed, Options(sample=(5, 19, 23), layout=layout, copies=copies, present=OPTIONAL, slots=4,
-                                   model_dtype=model_dtype, input_dtype=model_dtype))
+        run(
+            backend,
+            seed,
+            Options(
+                sample=(5, 19, 23),
+                layout=layout,
+                copies=copies,
+                present=OPTIONAL,
+                slots=4,
+                model_dtype=model_dtype,
+                input_dtype=model_dtype,
+            ),
+        )
 
 
 def test_expanded_operands(backend):
@@ -101,9 +112,14 @@ def test_nothing_to_do(backend, options):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 5), slots=st.integers(0, 5), copies=st.sampled_from([1, 2]),
-    present=st.sets(st.sampled_from(OPTIONAL)).map(tuple), layout=st.sampled_from(LAYOUTS),
-    sample=st.lists(st.integers(1, 9), max_size=4).map(tuple), dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 5),
+    slots=st.integers(0, 5),
+    copies=st.sampled_from([1, 2]),
+    present=st.sets(st.sampled_from(OPTIONAL)).map(tuple),
+    layout=st.sampled_from(LAYOUTS),
+    sample=st.lists(st.integers(1, 9), max_size=4).map(tuple),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
     model_dtype=st.sampled_from(stage_module.MODEL_DTYPES),
     input_dtype=st.sampled_from([None, *stage_module.MODEL_DTYPES]),
 )
@@ -129,8 +145,19 @@ def test_several_stages_in_a_row(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_all_instruction_sets_and_thread_counts_give_the_same_bits(dtype):
     chosen, results = _native.build_info()["isa"], []
-    case, m = make_case(11, Options(sample=(3, 97, 101), rows=3, slots=3, copies=2, dtype=dtype,
-                                    present=("mask", "known", "extra"), layout="channels_last"), poison=False)
+    case, m = make_case(
+        11,
+        Options(
+            sample=(3, 97, 101),
+            rows=3,
+            slots=3,
+            copies=2,
+            dtype=dtype,
+            present=("mask", "known", "extra"),
+            layout="channels_last",
+        ),
+        poison=False,
+    )
     case.stop.fill_(7)
     try:
         for isa in ISAS:
@@ -149,9 +176,18 @@ def take(t: StageTensors, m: torch.Tensor, rows: list[int]) -> tuple[StageTensor
     """The batch of some rows of `t`, in this order."""
     both = rows + [t.rows + b for b in rows] if t.copies == 2 else rows
     some = StageTensors(
-        registers=t.registers[:, rows], cursor=t.cursor[rows], stop=t.stop[rows], seeds=t.seeds[rows],
-        coefficients=t.coefficients, indices=t.indices, copies=t.copies, model_input=t.model_input[both],
-        model_time=t.model_time[both], mask=t.mask[rows], known=t.known[rows], extra=t.extra[rows],
+        registers=t.registers[:, rows],
+        cursor=t.cursor[rows],
+        stop=t.stop[rows],
+        seeds=t.seeds[rows],
+        coefficients=t.coefficients,
+        indices=t.indices,
+        copies=t.copies,
+        model_input=t.model_input[both],
+        model_time=t.model_time[both],
+        mask=t.mask[rows],
+        known=t.known[rows],
+        extra=t.extra[rows],
         nonfinite=t.nonfinite[rows],
     )
     return some, m[both]
@@ -253,10 +289,16 @@ def test_half_precision_conversions_are_exactly_torchs():
         for isa in ISAS:
             _native._C.select_isa(isa)
             for m in (halves, middle, *beside):
-                t = StageTensors(torch.zeros(1, 1, 2**16), torch.tensor([0], dtype=torch.int32),
-                                 torch.tensor([3], dtype=torch.int32), torch.tensor([0]), c,
-                                 torch.full((3, 4), -1, dtype=torch.int32),
-                                 model_input=torch.zeros(1, 2**16, dtype=dtype), model_time=torch.zeros(1))
+                t = StageTensors(
+                    torch.zeros(1, 1, 2**16),
+                    torch.tensor([0], dtype=torch.int32),
+                    torch.tensor([3], dtype=torch.int32),
+                    torch.tensor([0]),
+                    c,
+                    torch.full((3, 4), -1, dtype=torch.int32),
+                    model_input=torch.zeros(1, 2**16, dtype=dtype),
+                    model_time=torch.zeros(1),
+                )
                 stage(t, m[None])
                 torch.testing.assert_close(t.registers[0, 0], m.float(), rtol=0, atol=0, equal_nan=True)
                 torch.testing.assert_close(t.model_input[0], m.float().to(dtype), rtol=0, atol=0, equal_nan=True)
@@ -317,11 +359,19 @@ class TestBinding:
         stage(t, m.clone())
         assert bound is not None and t._bound is bound
 
-    @pytest.mark.parametrize("change", [
-        lambda m: m.double(), lambda m: m.bfloat16(), lambda m: lay_out(m, "transposed"),
-        lambda m: lay_out(m, "sliced"), lambda m: m.clone().requires_grad_(), lambda m: torch.nn.Parameter(m),
-        lambda m: m.as_subclass(Labelled), lambda m: torch.complex(torch.zeros_like(m), -m).conj().imag,
-    ])
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda m: m.double(),
+            lambda m: m.bfloat16(),
+            lambda m: lay_out(m, "transposed"),
+            lambda m: lay_out(m, "sliced"),
+            lambda m: m.clone().requires_grad_(),
+            lambda m: torch.nn.Parameter(m),
+            lambda m: m.as_subclass(Labelled),
+            lambda m: torch.complex(torch.zeros_like(m), -m).conj().imag,
+        ],
+    )
     def test_another_kind_of_model_output(self, change):
         t, m = self.case()
         stage(t, m)
@@ -388,21 +438,30 @@ def test_the_reference_runs_where_compiled_code_is_turned_off(monkeypatch):
         run(stage, 1, Options())
 
 
-@pytest.mark.parametrize("change, error, message", [
-    (lambda t, m: (t, m[:-1]), ValueError, r"the model returned shape \[3, 3, 5, 7\], expected \[4, 3, 5, 7\]"),
-    (lambda t, m: (t, (m,)), TypeError, "the model returned tuple, expected a tensor"),
-    (lambda t, m: (t, m.int()), TypeError, "the model returned torch.int32"),
-    (lambda t, m: (t, m.to("meta")), ValueError, "the model returned a tensor on meta"),
-    (lambda t, m: (replace(t, seeds=t.seeds[:2]), m), ValueError, r"seeds must have shape \[4\], got \[2\]"),
-    (lambda t, m: (replace(t, cursor=t.cursor.long()), m), TypeError, "cursor must be torch.int32"),
-    (lambda t, m: (replace(t, coefficients=t.coefficients.double()), m), TypeError,
-     "coefficients must be torch.float32"),
-    (lambda t, m: (replace(t, registers=t.registers.half()), m), TypeError, "registers must be float32 or float64"),
-    (lambda t, m: (replace(t, registers=t.registers.transpose(-1, -2).contiguous().transpose(-1, -2)), m), ValueError,
-     "registers must be contiguous"),
-    (lambda t, m: (replace(t, mask=t.registers[0, :, :1]), m), ValueError, "mask must have shape"),
-    (lambda t, m: (replace(t, copies=3), m), ValueError, "the model returned shape|copies must be 1 or 2"),
-])
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda t, m: (t, m[:-1]), ValueError, r"the model returned shape \[3, 3, 5, 7\], expected \[4, 3, 5, 7\]"),
+        (lambda t, m: (t, (m,)), TypeError, "the model returned tuple, expected a tensor"),
+        (lambda t, m: (t, m.int()), TypeError, "the model returned torch.int32"),
+        (lambda t, m: (t, m.to("meta")), ValueError, "the model returned a tensor on meta"),
+        (lambda t, m: (replace(t, seeds=t.seeds[:2]), m), ValueError, r"seeds must have shape \[4\], got \[2\]"),
+        (lambda t, m: (replace(t, cursor=t.cursor.long()), m), TypeError, "cursor must be torch.int32"),
+        (
+            lambda t, m: (replace(t, coefficients=t.coefficients.double()), m),
+            TypeError,
+            "coefficients must be torch.float32",
+        ),
+        (lambda t, m: (replace(t, registers=t.registers.half()), m), TypeError, "registers must be float32 or float64"),
+        (
+            lambda t, m: (replace(t, registers=t.registers.transpose(-1, -2).contiguous().transpose(-1, -2)), m),
+            ValueError,
+            "registers must be contiguous",
+        ),
+        (lambda t, m: (replace(t, mask=t.registers[0, :, :1]), m), ValueError, "mask must have shape"),
+        (lambda t, m: (replace(t, copies=3), m), ValueError, "the model returned shape|copies must be 1 or 2"),
+    ],
+)
 def test_bad_input_is_named_and_nothing_changes(change, error, message):
     t, m = make_case(1, Options(), poison=False)
     held = [t.registers.clone(), t.cursor.clone()]
@@ -413,10 +472,15 @@ def test_bad_input_is_named_and_nothing_changes(change, error, message):
 
 
 @native
-@pytest.mark.parametrize("break_it", [
-    lambda t: t.stop.fill_(8), lambda t: t.cursor.fill_(-1), lambda t: t.indices[:, table.DRAW0].fill_(3),
-    lambda t: t.indices[:, table.DRAW1].fill_(-1),
-])
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda t: t.stop.fill_(8),
+        lambda t: t.cursor.fill_(-1),
+        lambda t: t.indices[:, table.DRAW0].fill_(3),
+        lambda t: t.indices[:, table.DRAW1].fill_(-1),
+    ],
+)
 def test_tables_that_point_outside_are_refused(break_it):
     t, m = make_case(1, Options(present=("noise",)), poison=False)
     t.cursor.zero_()

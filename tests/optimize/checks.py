@@ -50,8 +50,12 @@ def assert_close_in_float32(make: Callable[[], nn.Module], call: Call, bound: fl
     assert relative(call(fused), expected) > bound
 
 
-def assert_low_precision_error(make: Callable[[], nn.Module], call: Callable[[nn.Module, torch.dtype], Tensor],
-                               dtype: torch.dtype = torch.bfloat16, seeds: int = 3) -> None:
+def assert_low_precision_error(
+    make: Callable[[], nn.Module],
+    call: Callable[[nn.Module, torch.dtype], Tensor],
+    dtype: torch.dtype = torch.bfloat16,
+    seeds: int = 3,
+) -> None:
     """Against float64, the fused model in `dtype` errs at most twice as much as the original in `dtype`."""
     worst, ours, theirs = 0.0, 0.0, 0.0
     for seed in range(seeds):
@@ -139,16 +143,19 @@ def assert_follows_weights(make: Callable[[], nn.Module], call: Call, names: lis
             assert relative(call(fused), call(plain)) < 2e-5
 
 
-def assert_hooks_fire(make: Callable[[], nn.Module], call: Call, kinds: tuple[type[nn.Module], ...],
-                      never: Callable[[str], bool] = lambda name: False) -> None:
+def assert_hooks_fire(
+    make: Callable[[], nn.Module],
+    call: Call,
+    kinds: tuple[type[nn.Module], ...],
+    never: Callable[[str], bool] = lambda name: False,
+) -> None:
     """A hook on any module the original calls sees what it saw before."""
     plain, fused = seeded(make), pydiff.optimize(seeded(make))
     seen: list[dict[str, list[Tensor]]] = [{}, {}]
     for k, model in enumerate((plain, fused)):
         for name, module in model.named_modules():
             if isinstance(module, kinds) and not never(name):
-                module.register_forward_hook(lambda m, a, out, name=name, k=k:
-                                             seen[k].setdefault(name, []).append(out))
+                module.register_forward_hook(lambda m, a, out, name=name, k=k: seen[k].setdefault(name, []).append(out))
     assert relative(call(fused), call(plain)) < 2e-5
     assert seen[0] and list(seen[0]) == list(seen[1])
     for name, outputs in seen[0].items():
@@ -177,8 +184,9 @@ def assert_reference_path(make: Callable[[], nn.Module], call: Call) -> None:
         call(fused)
 
 
-def assert_hoisting(make: Callable[[], nn.Module], shape: tuple[int, ...], cond: dict[str, Any],
-                    **options: Any) -> None:
+def assert_hoisting(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], cond: dict[str, Any], **options: Any
+) -> None:
     """Sampling with and without hoisting gives the same samples, and times that differ do matter."""
     model = pydiff.optimize(seeded(make))
     sampler = pydiff.Sampler(model, steps=3, **options)

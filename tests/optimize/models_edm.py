@@ -24,8 +24,16 @@ class Linear(nn.Module):
 class Conv2d(nn.Module):
     """A convolution (none if kernel is 0) after resampling by a separable filter."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, up: bool = False, down: bool = False,
-                 resample_filter: tuple[int, ...] = (1, 1), fused_resample: bool = False):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        up: bool = False,
+        down: bool = False,
+        resample_filter: tuple[int, ...] = (1, 1),
+        fused_resample: bool = False,
+    ):
         super().__init__()
         self.up, self.down, self.fused_resample = up, down, fused_resample
         scale = 1 / math.sqrt(max(inputs * kernel * kernel, 1))
@@ -71,9 +79,19 @@ class GroupNorm(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    def __init__(self, inputs: int, outputs: int, emb: int, up: bool = False, down: bool = False, heads: int = 0,
-                 skip_scale: float = 1.0, adaptive_scale: bool = True, resample_filter: tuple[int, ...] = (1, 1),
-                 resample_proj: bool = False):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        emb: int,
+        up: bool = False,
+        down: bool = False,
+        heads: int = 0,
+        skip_scale: float = 1.0,
+        adaptive_scale: bool = True,
+        resample_filter: tuple[int, ...] = (1, 1),
+        resample_proj: bool = False,
+    ):
         super().__init__()
         self.in_channels, self.out_channels, self.num_heads, self.dropout = inputs, outputs, heads, 0.1
         self.skip_scale, self.adaptive_scale = skip_scale, adaptive_scale
@@ -133,17 +151,25 @@ class _Net(nn.Module):
         self.map_label = Linear(label_dim, label_width) if label_dim else None
         self.map_augment = Linear(augment_dim, width, bias=False) if augment_dim else None
         self.map_layer0, self.map_layer1 = Linear(width, emb), Linear(emb, emb)
-        self.enc = nn.ModuleDict({
-            "8x8_conv": Conv2d(3, width, 3), "8x8_block0": UNetBlock(width, width, emb, **block),
-            "4x4_down": UNetBlock(width, width, emb, down=True, **block),
-            "4x4_block0": UNetBlock(width, wide, emb, heads=2, **block)})
-        self.dec = nn.ModuleDict({
-            "4x4_in0": UNetBlock(wide, wide, emb, heads=2, **block), "4x4_in1": UNetBlock(wide, wide, emb, **block),
-            "4x4_block0": UNetBlock(2 * wide, wide, emb, **block),
-            "4x4_block1": UNetBlock(wide + width, wide, emb, heads=2, **block),
-            "8x8_up": UNetBlock(wide, wide, emb, up=True, **block),
-            "8x8_block0": UNetBlock(wide + width, width, emb, **block),
-            "8x8_block1": UNetBlock(2 * width, width, emb, **block)})
+        self.enc = nn.ModuleDict(
+            {
+                "8x8_conv": Conv2d(3, width, 3),
+                "8x8_block0": UNetBlock(width, width, emb, **block),
+                "4x4_down": UNetBlock(width, width, emb, down=True, **block),
+                "4x4_block0": UNetBlock(width, wide, emb, heads=2, **block),
+            }
+        )
+        self.dec = nn.ModuleDict(
+            {
+                "4x4_in0": UNetBlock(wide, wide, emb, heads=2, **block),
+                "4x4_in1": UNetBlock(wide, wide, emb, **block),
+                "4x4_block0": UNetBlock(2 * wide, wide, emb, **block),
+                "4x4_block1": UNetBlock(wide + width, wide, emb, heads=2, **block),
+                "8x8_up": UNetBlock(wide, wide, emb, up=True, **block),
+                "8x8_block0": UNetBlock(wide + width, width, emb, **block),
+                "8x8_block1": UNetBlock(2 * width, width, emb, **block),
+            }
+        )
 
 
 class DhariwalUNet(_Net):
@@ -151,8 +177,9 @@ class DhariwalUNet(_Net):
         super().__init__(width, label_dim, augment_dim, 2 * width)
         self.out_norm, self.out_conv = GroupNorm(width), Conv2d(width, 3, 3)
 
-    def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None,
-                augment_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None
+    ) -> Tensor:
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
@@ -171,19 +198,40 @@ class DhariwalUNet(_Net):
 class SongUNet(_Net):
     """encoder: "standard", "skip" or "residual"; decoder: "standard" or "skip"."""
 
-    def __init__(self, width: int = 16, label_dim: int = 0, augment_dim: int = 0, encoder: str = "standard",
-                 decoder: str = "standard", resample_filter: tuple[int, ...] = (1, 1)):
-        super().__init__(width, label_dim, augment_dim, width, skip_scale=math.sqrt(0.5), adaptive_scale=False,
-                         resample_filter=resample_filter, resample_proj=True)
+    def __init__(
+        self,
+        width: int = 16,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        encoder: str = "standard",
+        decoder: str = "standard",
+        resample_filter: tuple[int, ...] = (1, 1),
+    ):
+        super().__init__(
+            width,
+            label_dim,
+            augment_dim,
+            width,
+            skip_scale=math.sqrt(0.5),
+            adaptive_scale=False,
+            resample_filter=resample_filter,
+            resample_proj=True,
+        )
         items = []
         for name, block in self.enc.items():
             items.append((name, block))
             if name == "4x4_down" and encoder == "skip":
-                items += [("4x4_aux_down", Conv2d(3, 3, 0, down=True, resample_filter=resample_filter)),
-                          ("4x4_aux_skip", Conv2d(3, width, 1))]
+                items += [
+                    ("4x4_aux_down", Conv2d(3, 3, 0, down=True, resample_filter=resample_filter)),
+                    ("4x4_aux_skip", Conv2d(3, width, 1)),
+                ]
             if name == "4x4_down" and encoder == "residual":
-                items.append(("4x4_aux_residual", Conv2d(3, width, 3, down=True, resample_filter=resample_filter,
-                                                         fused_resample=True)))
+                items.append(
+                    (
+                        "4x4_aux_residual",
+                        Conv2d(3, width, 3, down=True, resample_filter=resample_filter, fused_resample=True),
+                    )
+                )
         self.enc = nn.ModuleDict(items)
         items = []
         for name, block in self.dec.items():
@@ -194,8 +242,9 @@ class SongUNet(_Net):
                 items.append(("8x8_aux_up", Conv2d(3, 3, 0, up=True, resample_filter=resample_filter)))
         self.dec = nn.ModuleDict([*items, ("8x8_aux_norm", GroupNorm(width)), ("8x8_aux_conv", Conv2d(width, 3, 3))])
 
-    def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None,
-                augment_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None
+    ) -> Tensor:
         emb = self.map_noise(noise_labels)
         emb = torch.cat(emb.chunk(2, dim=1)[::-1], dim=1)
         if self.map_label is not None:

@@ -14,8 +14,9 @@ class InSequential(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.called = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(4, 8),
-                                    nn.SiLU())
+        self.called = nn.Sequential(
+            nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.SiLU()
+        )
         self.taken_apart = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,8 +137,19 @@ class Attending(nn.Module):
 class Everything(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.parts = nn.ModuleList([InSequential(), ByAttribute(), OuterUser(), TwoUsers(), SharedActivation(),
-                                    Branching(), HiddenBranch(), Functional(), Attending()])
+        self.parts = nn.ModuleList(
+            [
+                InSequential(),
+                ByAttribute(),
+                OuterUser(),
+                TwoUsers(),
+                SharedActivation(),
+                Branching(),
+                HiddenBranch(),
+                Functional(),
+                Attending(),
+            ]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for part in self.parts:

@@ -52,16 +52,26 @@ class Downsample(nn.Module):
 
 
 class ResBlock(TimestepBlock):
-    def __init__(self, channels: int, emb: int, out: int, *, scale_shift: bool, groups: int = 8, use_conv: bool = False,
-                 resample: type[nn.Module] | None = None):
+    def __init__(
+        self,
+        channels: int,
+        emb: int,
+        out: int,
+        *,
+        scale_shift: bool,
+        groups: int = 8,
+        use_conv: bool = False,
+        resample: type[nn.Module] | None = None,
+    ):
         super().__init__()
         self.use_scale_shift_norm, self.updown = scale_shift, resample is not None
         self.in_layers = nn.Sequential(GroupNorm32(groups, channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
         self.h_upd = nn.Identity() if resample is None else resample(channels, False)
         self.x_upd = nn.Identity() if resample is None else resample(channels, False)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, (1 + scale_shift) * out))
-        self.out_layers = nn.Sequential(GroupNorm32(groups, out), nn.SiLU(), nn.Dropout(0.1),
-                                        nn.Conv2d(out, out, 3, padding=1))
+        self.out_layers = nn.Sequential(
+            GroupNorm32(groups, out), nn.SiLU(), nn.Dropout(0.1), nn.Conv2d(out, out, 3, padding=1)
+        )
         size = 3 if use_conv else 1
         self.skip_connection: nn.Module = nn.Identity()
         if out != channels:
@@ -126,8 +136,15 @@ class AttentionBlock(nn.Module):
 class UNetModel(nn.Module):
     """Two levels, one block each; attention on the lower one."""
 
-    def __init__(self, width: int = 16, num_classes: int | None = None, scale_shift: bool = True,
-                 new_order: bool = False, resblock_updown: bool = True, use_conv: bool = False):
+    def __init__(
+        self,
+        width: int = 16,
+        num_classes: int | None = None,
+        scale_shift: bool = True,
+        new_order: bool = False,
+        resblock_updown: bool = True,
+        use_conv: bool = False,
+    ):
         super().__init__()
         emb, wide = 4 * width, 2 * width
         self.model_channels, self.num_classes, self.dtype = width, num_classes, torch.float32
@@ -146,8 +163,12 @@ class UNetModel(nn.Module):
         sequences = [[nn.Conv2d(3, width, 3, padding=1)], [res(width, width)], [down], [res(width, wide), attend()]]
         self.input_blocks = nn.ModuleList(TimestepEmbedSequential(*s) for s in sequences)
         self.middle_block = TimestepEmbedSequential(res(wide, wide), attend(), res(wide, wide))
-        sequences = [[res(2 * wide, wide), attend()], [res(wide + width, wide), attend(), up],
-                     [res(wide + width, width)], [res(2 * width, width)]]
+        sequences = [
+            [res(2 * wide, wide), attend()],
+            [res(wide + width, wide), attend(), up],
+            [res(wide + width, width)],
+            [res(2 * width, width)],
+        ]
         self.output_blocks = nn.ModuleList(TimestepEmbedSequential(*s) for s in sequences)
         self.out = nn.Sequential(GroupNorm32(8, width), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1))
 
@@ -172,5 +193,3 @@ class UNetModel(nn.Module):
                 if isinstance(module, (nn.Conv1d, nn.Conv2d)):
                     module.to(dtype)
         return self
-
-

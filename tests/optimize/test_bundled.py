@@ -55,8 +55,13 @@ def test_compiles() -> None:
 
 def test_follows_weights() -> None:
     names = [f"up.1.0.0.{part}.weight" for part in ("norm1", "conv1", "embedding", "conv2", "skip")]
-    names += ["up.1.0.1.qkv.weight", "up.1.0.1.out.bias", "upsample.0.conv.bias", "norm_out.weight",
-              "class_embedding.weight"]
+    names += [
+        "up.1.0.1.qkv.weight",
+        "up.1.0.1.out.bias",
+        "upsample.0.conv.bias",
+        "norm_out.weight",
+        "class_embedding.weight",
+    ]
     checks.assert_follows_weights(make, call, names)
 
 

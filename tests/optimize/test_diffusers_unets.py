@@ -21,42 +21,84 @@ COMMON = dict(sample_size=16, in_channels=4, out_channels=4, norm_num_groups=8)
 def sd15() -> nn.Module:
     """Stable Diffusion 1.5's layout: eight heads on every level, 1x1 convolutions around the transformers."""
     return diffusers.UNet2DConditionModel(
-        **COMMON, layers_per_block=2, block_out_channels=(16, 32), cross_attention_dim=24, attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+        **COMMON,
+        layers_per_block=2,
+        block_out_channels=(16, 32),
+        cross_attention_dim=24,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
 
 
 def sd21() -> nn.Module:
     """Stable Diffusion 2.1's: linear projections, heads of one width, attention in float32 where asked."""
     return diffusers.UNet2DConditionModel(
-        **COMMON, layers_per_block=1, block_out_channels=(16, 32), cross_attention_dim=24, attention_head_dim=(2, 4),
-        use_linear_projection=True, upcast_attention=True,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+        **COMMON,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        cross_attention_dim=24,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        upcast_attention=True,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
 
 
 def sdxl() -> nn.Module:
     """SDXL's: several blocks a transformer, text and size embeddings added to the time's."""
     return diffusers.UNet2DConditionModel(
-        **COMMON, layers_per_block=1, block_out_channels=(16, 32), cross_attention_dim=24, attention_head_dim=(2, 4),
-        use_linear_projection=True, transformer_layers_per_block=(1, 2), addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+        **COMMON,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        cross_attention_dim=24,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
 
 
 def ddpm() -> nn.Module:
     """The unconditional CIFAR-10 model's: attention as a block of its own, classes added."""
     return diffusers.UNet2DModel(
-        sample_size=16, in_channels=3, out_channels=3, norm_num_groups=8, layers_per_block=1, num_class_embeds=5,
-        block_out_channels=(16, 32), attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"), downsample_padding=0, flip_sin_to_cos=False, freq_shift=1)
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        norm_num_groups=8,
+        layers_per_block=1,
+        num_class_embeds=5,
+        block_out_channels=(16, 32),
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+    )
 
 
 def scale_shift() -> nn.Module:
     """ResNet blocks that resample and take the time as scale and shift."""
     return diffusers.UNet2DModel(
-        sample_size=16, in_channels=3, out_channels=3, norm_num_groups=8, layers_per_block=1, attention_head_dim=8,
-        block_out_channels=(16, 32), down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"), resnet_time_scale_shift="scale_shift",
-        downsample_type="resnet", upsample_type="resnet")
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        norm_num_groups=8,
+        layers_per_block=1,
+        attention_head_dim=8,
+        block_out_channels=(16, 32),
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        resnet_time_scale_shift="scale_shift",
+        downsample_type="resnet",
+        upsample_type="resnet",
+    )
 
 
 MODELS = {"sd15": sd15, "sd21": sd21, "sdxl": sdxl, "ddpm": ddpm, "scale_shift": scale_shift}
@@ -122,8 +164,12 @@ def test_follows_weights(name: str) -> None:
     block = "mid_block.attentions.0.transformer_blocks.0"
     layers = ("attn1.to_q", "attn1.to_v", "attn2.to_k", "ff.net.0.proj", "ff.net.2", "norm2")
     names = [f"{block}.{layer}.weight" for layer in layers]
-    names += ["mid_block.resnets.0.conv1.weight", "up_blocks.0.resnets.0.conv_shortcut.weight",
-              "mid_block.resnets.0.time_emb_proj.bias", "up_blocks.0.upsamplers.0.conv.weight"]
+    names += [
+        "mid_block.resnets.0.conv1.weight",
+        "up_blocks.0.resnets.0.conv_shortcut.weight",
+        "mid_block.resnets.0.time_emb_proj.bias",
+        "up_blocks.0.upsamplers.0.conv.weight",
+    ]
     checks.assert_follows_weights(MODELS[name], calling(name), names)
 
 
@@ -155,8 +201,10 @@ def test_hoisting(name: str, rows: int) -> None:
 def test_hoisting_with_guidance_and_a_plan_for_each_row() -> None:
     model = pydiff.optimize(checks.seeded(sdxl))
     schedule = pydiff.DiscreteBetas([1e-4 + 2e-5 * k for k in range(1000)])
-    plans = [pydiff.make_plan(solver, schedule, steps, prediction="epsilon", guidance_scale=3.0)
-             for solver, steps in (("dpmpp_2m", 3), ("euler", 5))]
+    plans = [
+        pydiff.make_plan(solver, schedule, steps, prediction="epsilon", guidance_scale=3.0)
+        for solver, steps in (("dpmpp_2m", 3), ("euler", 5))
+    ]
     x = 30 * torch.randn(2, 4, 8, 8)
     cond, uncond = condition("sdxl"), condition("sdxl")
     uncond["encoder_hidden_states"] = torch.zeros(2, 7, 24)
@@ -274,7 +322,8 @@ def test_a_lora_wrapper_put_in_later_is_called() -> None:
         call("sd15", model)
         attention.to_k = LoRA(attention.to_k).requires_grad_(False)
         model.mid_block.attentions[0].transformer_blocks[0].ff.net[0].proj = LoRA(
-            model.mid_block.attentions[0].transformer_blocks[0].ff.net[0].proj).requires_grad_(False)
+            model.mid_block.attentions[0].transformer_blocks[0].ff.net[0].proj
+        ).requires_grad_(False)
         results.append(call("sd15", model))
     assert checks.relative(results[1], results[0]) < 2e-5
 

@@ -25,15 +25,30 @@ SCHEDULE = dict(schedule=pydiff.DiscreteBetas([1e-4 + 2e-5 * k for k in range(10
 def dit() -> nn.Module:
     """DiT-XL/2's layout, without its output of variances."""
     return diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
-        attention_bias=True, num_embeds_ada_norm=10)
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        sample_size=8,
+        attention_bias=True,
+        num_embeds_ada_norm=10,
+    )
 
 
 def pixart() -> nn.Module:
     """PixArt's: one modulation for all blocks plus a table in each, cross-attention without a norm."""
     return diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-        cross_attention_dim=16, caption_channels=12, use_additional_conditions=False)
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        cross_attention_dim=16,
+        caption_channels=12,
+        use_additional_conditions=False,
+    )
 
 
 MODELS = {"dit": dit, "pixart": pixart}
@@ -43,8 +58,11 @@ def condition(name: str, rows: int = 2, dtype: torch.dtype = torch.float32) -> d
     if name == "dit":
         return {"class_labels": torch.arange(rows) * 4 + 1}
     text = torch.randn(rows, 5, 12, generator=torch.Generator().manual_seed(7)).to(dtype)
-    return {"encoder_hidden_states": text, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-            "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])[:rows]}
+    return {
+        "encoder_hidden_states": text,
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])[:rows],
+    }
 
 
 def call(name: str, model: nn.Module, dtype: torch.dtype = torch.float32, side: int = 8) -> torch.Tensor:
@@ -87,15 +105,31 @@ def test_compiles(name: str) -> None:
 
 
 def test_follows_weights() -> None:
-    names = [f"transformer_blocks.1.{layer}" for layer in (
-        "attn1.to_q.weight", "attn1.to_v.bias", "attn1.to_out.0.weight", "norm1.linear.weight", "ff.net.0.proj.weight",
-        "norm1.emb.timestep_embedder.linear_1.weight")]
+    names = [
+        f"transformer_blocks.1.{layer}"
+        for layer in (
+            "attn1.to_q.weight",
+            "attn1.to_v.bias",
+            "attn1.to_out.0.weight",
+            "norm1.linear.weight",
+            "ff.net.0.proj.weight",
+            "norm1.emb.timestep_embedder.linear_1.weight",
+        )
+    ]
     checks.assert_follows_weights(dit, calling("dit"), [*names, "proj_out_1.bias", "proj_out_2.weight"])
 
 
 def test_hooks_fire(name: str) -> None:
-    kinds = (nn.LayerNorm, nn.Conv2d, nn.Linear, nn.SiLU, nn.Embedding, attention.FeedForward,
-             attention.Attention, attention.BasicTransformerBlock)
+    kinds = (
+        nn.LayerNorm,
+        nn.Conv2d,
+        nn.Linear,
+        nn.SiLU,
+        nn.Embedding,
+        attention.FeedForward,
+        attention.Attention,
+        attention.BasicTransformerBlock,
+    )
     checks.assert_hooks_fire(MODELS[name], calling(name), kinds)
 
 
@@ -197,13 +231,19 @@ def test_fewer_operations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cross_attention_in_an_adaptive_block() -> None:
     for options in ({"cross_attention_dim": 12}, {"cross_attention_dim": 16, "only_cross_attention": True}):
+
         def make(options: dict[str, Any] = options) -> nn.Module:
-            return attention.BasicTransformerBlock(16, 2, 8, norm_type="ada_norm_zero", num_embeds_ada_norm=10,
-                         activation_fn="gelu-approximate", **options)
+            return attention.BasicTransformerBlock(
+                16, 2, 8, norm_type="ada_norm_zero", num_embeds_ada_norm=10, activation_fn="gelu-approximate", **options
+            )
 
         x, text = torch.randn(2, 6, 16), torch.randn(2, 5, options["cross_attention_dim"])
-        checks.assert_close_in_float32(make, lambda model, x=x, text=text: model(
-            x, encoder_hidden_states=text, timestep=torch.tensor([3, 7]), class_labels=torch.tensor([1, 2])))
+        checks.assert_close_in_float32(
+            make,
+            lambda model, x=x, text=text: model(
+                x, encoder_hidden_states=text, timestep=torch.tensor([3, 7]), class_labels=torch.tensor([1, 2])
+            ),
+        )
 
 
 class Adapter(nn.Module):
@@ -249,8 +289,9 @@ def test_gelu_is_one_operation_on_cuda() -> None:
     names: list[str] = []
     layer = nn.Linear(6, 8)
     with FakeTensorMode():
-        layer.weight, layer.bias = (nn.Parameter(torch.empty(shape, device="cuda"), requires_grad=False)
-                                    for shape in ((8, 6), (8,)))
+        layer.weight, layer.bias = (
+            nn.Parameter(torch.empty(shape, device="cuda"), requires_grad=False) for shape in ((8, 6), (8,))
+        )
         x = torch.empty(2, 5, 6, device="cuda")
         with Recorded():
             y = parts.linear_gelu(layer, x)

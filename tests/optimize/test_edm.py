@@ -85,8 +85,19 @@ def test_compiles(name: str) -> None:
 
 
 def test_follows_weights() -> None:
-    names = [f"dec.4x4_block1.{part}" for part in ("norm0.weight", "conv0.bias", "affine.weight", "conv1.weight",
-                                                   "skip.weight", "qkv.weight", "qkv.bias", "proj.weight")]
+    names = [
+        f"dec.4x4_block1.{part}"
+        for part in (
+            "norm0.weight",
+            "conv0.bias",
+            "affine.weight",
+            "conv1.weight",
+            "skip.weight",
+            "qkv.weight",
+            "qkv.bias",
+            "proj.weight",
+        )
+    ]
     checks.assert_follows_weights(MODELS["adm"], calling("adm"), [*names, "map_label.weight", "out_norm.bias"])
 
 
@@ -103,8 +114,9 @@ def test_training_and_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_hoisting(name: str, rows: int) -> None:
-    checks.assert_hoisting(MODELS[name], (rows, 3, 8, 8), condition(name, rows), schedule=pydiff.VPLinear(),
-                           prediction="epsilon")
+    checks.assert_hoisting(
+        MODELS[name], (rows, 3, 8, 8), condition(name, rows), schedule=pydiff.VPLinear(), prediction="epsilon"
+    )
 
 
 def test_everything_is_replaced(name: str) -> None:
@@ -116,8 +128,9 @@ def test_everything_is_replaced(name: str) -> None:
 def test_a_box_filter_is_not_convolved(monkeypatch: pytest.MonkeyPatch) -> None:
     depthwise = []
     original = models_edm.Conv2d.depthwise
-    monkeypatch.setattr(models_edm.Conv2d, "depthwise",
-                        lambda self, *args: depthwise.append(1) or original(self, *args))
+    monkeypatch.setattr(
+        models_edm.Conv2d, "depthwise", lambda self, *args: depthwise.append(1) or original(self, *args)
+    )
     counts = {}
     for name in ("adm", "ncsnpp"):
         model = pydiff.optimize(checks.seeded(MODELS[name]))
@@ -155,18 +168,28 @@ def test_on_the_meta_device() -> None:
         model = MODELS["ddpmpp"]().eval()
     _, report = pydiff.optimize(model, report=True)
     assert {(e.name, e.what) for e in report.left} == {
-        (name, "its buffers are on the meta device: load them first") for name in ("enc.4x4_down", "dec.8x8_up")}
+        (name, "its buffers are on the meta device: load them first") for name in ("enc.4x4_down", "dec.8x8_up")
+    }
 
 
 class Unknown(nn.Module):
     pass
 
 
-@pytest.mark.parametrize("change, why", [
-    (lambda m: setattr(m, "controller", nn.Linear(1, 1)), "more than EDM's SongUNet: controller"),
-    (lambda m: setattr(m, "__class__", type("SongUNet", (SongUNet,), {"forward": lambda self, x, t: x})), "arguments"),
-    (lambda m: setattr(m, "__class__", type("SongUNet", (Unknown,), {})) or delattr(m, "enc"), "not EDM's SongUNet"),
-])
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda m: setattr(m, "controller", nn.Linear(1, 1)), "more than EDM's SongUNet: controller"),
+        (
+            lambda m: setattr(m, "__class__", type("SongUNet", (SongUNet,), {"forward": lambda self, x, t: x})),
+            "arguments",
+        ),
+        (
+            lambda m: setattr(m, "__class__", type("SongUNet", (Unknown,), {})) or delattr(m, "enc"),
+            "not EDM's SongUNet",
+        ),
+    ],
+)
 def test_other_networks_are_left(change: Any, why: str) -> None:
     model = checks.seeded(SongUNet)
     change(model)
@@ -177,11 +200,15 @@ def test_other_networks_are_left(change: Any, why: str) -> None:
 
 def persistent(cls: type[nn.Module]) -> type[nn.Module]:
     """A class that pickles itself as its source: pickle knows no name for it."""
+
     def reduce(self: nn.Module) -> Any:
         return reconstruct, (cls.__name__, dict(vars(self)))
 
-    return type(cls.__name__, (cls,), {"_orig_module_src": "source", "__reduce__": reduce, "__qualname__": "no.name",
-                                       "__module__": "nowhere"})
+    return type(
+        cls.__name__,
+        (cls,),
+        {"_orig_module_src": "source", "__reduce__": reduce, "__qualname__": "no.name", "__module__": "nowhere"},
+    )
 
 
 def reconstruct(name: str, state: dict[str, Any]) -> nn.Module:
@@ -226,5 +253,3 @@ def test_norms_read_two_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edm, "norm_act", counting)
     call("adm", model)
     assert sum(pairs) == 4
-
-

@@ -21,8 +21,16 @@ diffusers = pytest.importorskip("diffusers")
 flux = pytest.importorskip("diffusers.models.transformers.transformer_flux")
 dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
 
-COMMON = dict(in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
-              joint_attention_dim=12, pooled_projection_dim=20, axes_dims_rope=(2, 2, 4))
+COMMON = dict(
+    in_channels=8,
+    num_layers=2,
+    num_single_layers=2,
+    attention_head_dim=8,
+    num_attention_heads=2,
+    joint_attention_dim=12,
+    pooled_projection_dim=20,
+    axes_dims_rope=(2, 2, 4),
+)
 
 
 def schnell() -> nn.Module:
@@ -38,9 +46,12 @@ def condition(guided: bool, rows: int = 2, dtype: torch.dtype = torch.float32, h
     make = torch.Generator().manual_seed(7)
     ids = torch.zeros(height, 4, 3)
     ids[..., 1], ids[..., 2] = torch.arange(height)[:, None], torch.arange(4)
-    cond = {"encoder_hidden_states": torch.randn(rows, 5, 12, generator=make).to(dtype),
-            "pooled_projections": torch.randn(rows, 20, generator=make).to(dtype),
-            "img_ids": ids.reshape(-1, 3), "txt_ids": torch.zeros(5, 3)}
+    cond = {
+        "encoder_hidden_states": torch.randn(rows, 5, 12, generator=make).to(dtype),
+        "pooled_projections": torch.randn(rows, 20, generator=make).to(dtype),
+        "img_ids": ids.reshape(-1, 3),
+        "txt_ids": torch.zeros(5, 3),
+    }
     return cond | {"guidance": torch.linspace(2.0, 3.5, rows)} if guided else cond
 
 
@@ -99,11 +110,24 @@ def test_kernels_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_follows_weights() -> None:
-    names = [f"transformer_blocks.0.{layer}.weight" for layer in (
-        "attn.to_q", "attn.add_k_proj", "attn.to_add_out", "attn.norm_q", "attn.norm_added_k", "norm1.linear",
-        "norm1_context.linear", "ff.net.0.proj", "ff_context.net.2")]
-    names += [f"single_transformer_blocks.1.{layer}.weight" for layer in (
-        "attn.to_v", "attn.norm_k", "norm.linear", "proj_mlp", "proj_out")]
+    names = [
+        f"transformer_blocks.0.{layer}.weight"
+        for layer in (
+            "attn.to_q",
+            "attn.add_k_proj",
+            "attn.to_add_out",
+            "attn.norm_q",
+            "attn.norm_added_k",
+            "norm1.linear",
+            "norm1_context.linear",
+            "ff.net.0.proj",
+            "ff_context.net.2",
+        )
+    ]
+    names += [
+        f"single_transformer_blocks.1.{layer}.weight"
+        for layer in ("attn.to_v", "attn.norm_k", "norm.linear", "proj_mlp", "proj_out")
+    ]
     checks.assert_follows_weights(dev, call, [*names, "norm_out.linear.bias", "context_embedder.weight"])
 
 
@@ -111,8 +135,19 @@ def test_hooks_fire(make) -> None:
     checks.assert_hooks_fire(make, call, (nn.LayerNorm, nn.Linear, nn.SiLU, nn.RMSNorm, nn.GELU, nn.Dropout))
 
 
-@pytest.mark.parametrize("hooked", [(), ("attn.to_k",), ("norm_q",), ("norm", "norm2"), ("attn",),
-                                    ("single_transformer_blocks.0",), ("act_mlp",), ("proj_out",)])
+@pytest.mark.parametrize(
+    "hooked",
+    [
+        (),
+        ("attn.to_k",),
+        ("norm_q",),
+        ("norm", "norm2"),
+        ("attn",),
+        ("single_transformer_blocks.0",),
+        ("act_mlp",),
+        ("proj_out",),
+    ],
+)
 def test_pre_hooks_fire(hooked: tuple[str, ...]) -> None:
     """Hooks on all modules, or on some that makes their neighbours' fused form run beside them."""
     seen: list[list[str]] = [[], []]
@@ -134,9 +169,14 @@ def test_hoisting(make, rows: int) -> None:
     cond, x = condition(make is dev, rows), tokens()[:rows]
     hoisted = HoistedModel(model, times, cond, batch=rows)
     expected = model(x, timestep=times[1:2].expand(rows), **cond).sample
-    for module in [model.time_text_embed, model.context_embedder, model.pos_embed, model.norm_out.linear,
-                   *(b.norm1.linear for b in model.transformer_blocks),
-                   *(b.norm.linear for b in model.single_transformer_blocks)]:
+    for module in [
+        model.time_text_embed,
+        model.context_embedder,
+        model.pos_embed,
+        model.norm_out.linear,
+        *(b.norm1.linear for b in model.transformer_blocks),
+        *(b.norm.linear for b in model.single_transformer_blocks),
+    ]:
         module.forward = None  # nothing of these may run in the loop
     for stages in ([1], [1] * rows):
         assert checks.relative(hoisted(x, torch.tensor(stages, dtype=torch.int32)), expected) < 2e-5
@@ -163,12 +203,19 @@ def test_arguments_of_the_original() -> None:
     """What the model's forward takes besides: control networks' residuals, LoRA's scale, other names."""
     plain, fused = checks.seeded(dev), pydiff.optimize(checks.seeded(dev))
     expected, residual = call(plain), torch.randn(2, 12, 16)
-    for extra in ({"controlnet_block_samples": [residual]}, {"controlnet_single_block_samples": [residual]},
-                  {"controlnet_block_samples": [residual, 2 * residual], "controlnet_blocks_repeat": True}):
+    for extra in (
+        {"controlnet_block_samples": [residual]},
+        {"controlnet_single_block_samples": [residual]},
+        {"controlnet_block_samples": [residual, 2 * residual], "controlnet_blocks_repeat": True},
+    ):
         result = call(fused, **extra)
         assert checks.relative(result, call(plain, **extra)) < 2e-5 < checks.relative(result, expected)
-    for extra in ({"joint_attention_kwargs": {"scale": 0.5}}, {"joint_attention_kwargs": {"unknown": 1}},
-                  {"joint_attention_kwargs": {}}, {"controlnet_blocks_repeat": False}):
+    for extra in (
+        {"joint_attention_kwargs": {"scale": 0.5}},
+        {"joint_attention_kwargs": {"unknown": 1}},
+        {"joint_attention_kwargs": {}},
+        {"controlnet_blocks_repeat": False},
+    ):
         assert checks.relative(call(fused, **extra), expected) < 2e-5
     cond, t = condition(True), torch.tensor([0.5, 0.03])
     values = [cond[k] for k in ("encoder_hidden_states", "pooled_projections")]
@@ -264,9 +311,14 @@ def test_values_beyond_float16_are_clipped() -> None:
         m.single_transformer_blocks[0].proj_out.bias.data.fill_(6e4)
         m.single_transformer_blocks[0].norm.linear.bias.data[32:] = 100.0
     pydiff.optimize(model)
-    result, expected = (m.single_transformer_blocks[0](
-        torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1)).half(), torch.zeros(2, 5, 16).half(),
-        torch.zeros(2, 16).half()) for m in (model, original))
+    result, expected = (
+        m.single_transformer_blocks[0](
+            torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1)).half(),
+            torch.zeros(2, 5, 16).half(),
+            torch.zeros(2, 16).half(),
+        )
+        for m in (model, original)
+    )
     for r, e in zip(result, expected):
         assert r.isfinite().all() and torch.equal(r, e) and e.max() == 65504
 
@@ -275,8 +327,15 @@ def test_report() -> None:
     model, report = pydiff.optimize(checks.seeded(dev), report=True)
     assert not report.left
     assert {entry.cls for entry in report.replaced} >= {
-        "FluxTransformer2DModel", "FluxTransformerBlock", "FluxSingleTransformerBlock", "FluxAttention", "GELU",
-        "AdaLayerNormZero", "AdaLayerNormZeroSingle", "AdaLayerNormContinuous"}
+        "FluxTransformer2DModel",
+        "FluxTransformerBlock",
+        "FluxSingleTransformerBlock",
+        "FluxAttention",
+        "GELU",
+        "AdaLayerNormZero",
+        "AdaLayerNormZeroSingle",
+        "AdaLayerNormContinuous",
+    }
     assert isinstance(model, Fused)
 
 

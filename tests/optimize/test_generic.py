@@ -72,8 +72,15 @@ def test_compiles() -> None:
 
 
 def test_follows_weights() -> None:
-    names = ["parts.0.called.0.weight", "parts.1.norm1.bias", "parts.1.conv1.weight", "parts.8.own.in_proj_weight",
-             "parts.8.cross.in_proj_bias", "parts.8.cross.out_proj.weight", "parts.8.norm.weight"]
+    names = [
+        "parts.0.called.0.weight",
+        "parts.1.norm1.bias",
+        "parts.1.conv1.weight",
+        "parts.8.own.in_proj_weight",
+        "parts.8.cross.in_proj_bias",
+        "parts.8.cross.out_proj.weight",
+        "parts.8.norm.weight",
+    ]
     checks.assert_follows_weights(Everything, call, names)
 
 
@@ -89,10 +96,21 @@ def test_training_and_gradients() -> None:
 # ---- which pairs are folded
 
 
-@pytest.mark.parametrize("cls, folded, alone", [
-    (InSequential, 2, 1), (ByAttribute, 2, 1), (OuterUser, 2, 2), (TwoUsers, 0, 1), (SharedActivation, 0, 1),
-    (Branching, 0, 1), (HiddenBranch, 0, 1), (Stateful, 0, 1), (Functional, 0, 1), (Untraceable, 0, 1),
-])
+@pytest.mark.parametrize(
+    "cls, folded, alone",
+    [
+        (InSequential, 2, 1),
+        (ByAttribute, 2, 1),
+        (OuterUser, 2, 2),
+        (TwoUsers, 0, 1),
+        (SharedActivation, 0, 1),
+        (Branching, 0, 1),
+        (HiddenBranch, 0, 1),
+        (Stateful, 0, 1),
+        (Functional, 0, 1),
+        (Untraceable, 0, 1),
+    ],
+)
 def test_pairs(cls: type[nn.Module], folded: int, alone: int, activated: list[bool]) -> None:
     plain, fused = checks.seeded(cls), pydiff.optimize(checks.seeded(cls))
     assert checks.relative(call(fused), call(plain)) < 1e-5
@@ -105,8 +123,11 @@ def test_a_hook_on_either_side_parts_them(watched: str, pre: bool, activated: li
     plain, fused = checks.seeded(ByAttribute), pydiff.optimize(checks.seeded(ByAttribute))
     seen: list[Tensor] = []
     layer = fused.get_submodule(watched)
-    handle = (layer.register_forward_pre_hook(lambda m, args: seen.append(args[0])) if pre
-              else layer.register_forward_hook(lambda m, args, out: seen.append(out)))
+    handle = (
+        layer.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        if pre
+        else layer.register_forward_hook(lambda m, args, out: seen.append(out))
+    )
     assert checks.relative(call(fused), call(plain)) < 1e-5
     assert activated.count(True) == 1 and len(seen) == 1
     handle.remove()
@@ -183,10 +204,16 @@ def report_of(model: nn.Module) -> dict[str, str]:
     return {entry.name: entry.what for entry in report.left}
 
 
-@pytest.mark.parametrize("cls, why", [
-    (SharedActivation, "used elsewhere"), (Branching, "branches"), (HiddenBranch, "branches"), (Stateful, "effects"),
-    (Untraceable, "cannot be traced"),
-])
+@pytest.mark.parametrize(
+    "cls, why",
+    [
+        (SharedActivation, "used elsewhere"),
+        (Branching, "branches"),
+        (HiddenBranch, "branches"),
+        (Stateful, "effects"),
+        (Untraceable, "cannot be traced"),
+    ],
+)
 def test_what_is_left_and_why(cls: type[nn.Module], why: str) -> None:
     assert why in report_of(cls())[""]
 
@@ -214,8 +241,11 @@ def test_what_is_replaced_is_reported() -> None:
 def test_attention_runs_as_an_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
     attention = generic.attention
-    monkeypatch.setattr(generic, "attention", lambda *args, mask=None, **extra:
-                        calls.append(mask is not None) or attention(*args, mask=mask, **extra))
+    monkeypatch.setattr(
+        generic,
+        "attention",
+        lambda *args, mask=None, **extra: calls.append(mask is not None) or attention(*args, mask=mask, **extra),
+    )
     for options in ({}, {"bias": False}):
         plain = checks.seeded(lambda options=options: Attending(**options))
         fused = pydiff.optimize(checks.seeded(lambda options=options: Attending(**options)))
@@ -224,10 +254,15 @@ def test_attention_runs_as_an_operation(monkeypatch: pytest.MonkeyPatch) -> None
         assert calls == [False, True, True]  # and the one that is asked for its weights runs as before
 
 
-@pytest.mark.parametrize("arguments", [
-    {"attn_mask": torch.zeros(16, 16)}, {"attn_mask": torch.ones(16, 16).triu(1).bool(), "is_causal": True},
-    {"need_weights": True}, {"need_weights": True, "average_attn_weights": False},
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"attn_mask": torch.zeros(16, 16)},
+        {"attn_mask": torch.ones(16, 16).triu(1).bool(), "is_causal": True},
+        {"need_weights": True},
+        {"need_weights": True, "average_attn_weights": False},
+    ],
+)
 def test_attention_as_it_is_not_served(arguments: dict[str, Any]) -> None:
     attention = checks.seeded(lambda: nn.MultiheadAttention(8, 2, batch_first=True))
     fused = pydiff.optimize(checks.seeded(lambda: nn.MultiheadAttention(8, 2, batch_first=True)))
@@ -237,16 +272,22 @@ def test_attention_as_it_is_not_served(arguments: dict[str, Any]) -> None:
         assert (expected is None and result is None) or torch.equal(expected, result)
 
 
-@pytest.mark.parametrize("options, why", [
-    ({"batch_first": False}, "batch is not first"), ({"kdim": 4}, "other widths"),
-    ({"add_zero_attn": True}, "of its own"), ({"add_bias_kv": True}, "of its own"),
-])
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"batch_first": False}, "batch is not first"),
+        ({"kdim": 4}, "other widths"),
+        ({"add_zero_attn": True}, "of its own"),
+        ({"add_bias_kv": True}, "of its own"),
+    ],
+)
 def test_attention_that_is_left(options: dict[str, Any], why: str) -> None:
     assert why in report_of(nn.MultiheadAttention(8, 2, **{"batch_first": True, **options}))[""]
 
 
 def test_torch_transformer_layers() -> None:
     """Their fast path reads the weights of the layers that were replaced."""
+
     def make() -> nn.Module:
         layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -258,12 +299,19 @@ def test_torch_transformer_layers() -> None:
     assert {entry.cls for entry in report.replaced} == {"MultiheadAttention", "LayerNorm"}
 
 
-@pytest.mark.parametrize("layer, shape", [
-    (nn.GroupNorm(2, 8), (3, 8)), (nn.GroupNorm(2, 8), (3, 8, 5)), (nn.GroupNorm(2, 8, affine=False), (3, 8, 2, 2, 3)),
-    (nn.LayerNorm(8), (8,)), (nn.LayerNorm(8, bias=False), (3, 5, 8)),
-    (nn.LayerNorm(8, elementwise_affine=False), (2, 8)), (nn.LayerNorm((2, 8)), (3, 2, 8)),
-    (nn.LayerNorm((1, 8)), (3, 1, 8)),
-])
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.GroupNorm(2, 8), (3, 8)),
+        (nn.GroupNorm(2, 8), (3, 8, 5)),
+        (nn.GroupNorm(2, 8, affine=False), (3, 8, 2, 2, 3)),
+        (nn.LayerNorm(8), (8,)),
+        (nn.LayerNorm(8, bias=False), (3, 5, 8)),
+        (nn.LayerNorm(8, elementwise_affine=False), (2, 8)),
+        (nn.LayerNorm((2, 8)), (3, 2, 8)),
+        (nn.LayerNorm((1, 8)), (3, 1, 8)),
+    ],
+)
 def test_norms_of_any_shape(layer: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     with torch.no_grad():

@@ -72,15 +72,32 @@ def test_compiles(name: str) -> None:
 
 
 def test_follows_weights() -> None:
-    names = [f"output_blocks.0.0.{part}" for part in ("in_layers.0.weight", "in_layers.2.bias", "emb_layers.1.weight",
-                                                      "out_layers.3.weight", "skip_connection.weight")]
+    names = [
+        f"output_blocks.0.0.{part}"
+        for part in (
+            "in_layers.0.weight",
+            "in_layers.2.bias",
+            "emb_layers.1.weight",
+            "out_layers.3.weight",
+            "skip_connection.weight",
+        )
+    ]
     names += ["middle_block.1.qkv.weight", "middle_block.1.proj_out.bias", "out.0.weight", "label_emb.weight"]
     checks.assert_follows_weights(make("adm"), calling("adm"), names)
 
 
 def test_hooks_fire(name: str) -> None:
-    kinds = (nn.GroupNorm, nn.Conv2d, nn.Conv1d, nn.Linear, nn.SiLU, nn.Sequential, nn.Dropout, ResBlock,
-             AttentionBlock)
+    kinds = (
+        nn.GroupNorm,
+        nn.Conv2d,
+        nn.Conv1d,
+        nn.Linear,
+        nn.SiLU,
+        nn.Sequential,
+        nn.Dropout,
+        ResBlock,
+        AttentionBlock,
+    )
     checks.assert_hooks_fire(make(name), calling(name), kinds)
 
 
@@ -107,8 +124,9 @@ def test_folded_upsampling(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On request, in the block that upsamples or in the layer."""
     folded: list[torch.Size] = []
     upsample_conv2d = guided_diffusion.upsample_conv2d
-    monkeypatch.setattr(guided_diffusion, "upsample_conv2d",
-                        lambda x, *args: folded.append(x.shape) or upsample_conv2d(x, *args))
+    monkeypatch.setattr(
+        guided_diffusion, "upsample_conv2d", lambda x, *args: folded.append(x.shape) or upsample_conv2d(x, *args)
+    )
     expected = call(name, checks.seeded(make(name)))
     model, report = pydiff.optimize(checks.seeded(make(name)), report=True, fold_upsampling=True)
     folded.clear()  # of those that were only compared
@@ -144,8 +162,7 @@ def test_modules_that_only_share_a_name_are_left() -> None:
     model = nn.Sequential(Upsample(), nn.Upsample(scale_factor=2))
     _, report = pydiff.optimize(model, report=True)
     assert not report.replaced
-    assert [(e.name, e.what) for e in report.left] == [
-        ("0", "it is not guided-diffusion's Upsample, of images")]
+    assert [(e.name, e.what) for e in report.left] == [("0", "it is not guided-diffusion's Upsample, of images")]
 
 
 def test_another_signature_is_left() -> None:
@@ -167,6 +184,7 @@ def test_on_the_meta_device() -> None:
 
 def test_wrapped_layers_are_called() -> None:
     """A LoRA wrapper in place of a convolution takes part."""
+
     class Wrapper(nn.Module):
         def __init__(self, base: nn.Module):
             super().__init__()

@@ -21,11 +21,18 @@ def sd15() -> nn.Module:
 
 def sdxl() -> nn.Module:
     return diffusers.UNet2DConditionModel(
-        sample_size=128, cross_attention_dim=2048, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
-        use_linear_projection=True, transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time",
-        addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+        sample_size=128,
+        cross_attention_dim=2048,
+        block_out_channels=(320, 640, 1280),
+        attention_head_dim=(5, 10, 20),
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 2, 10),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    )
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -88,8 +95,12 @@ def test_decoding_a_large_image() -> None:
     """All of the autoencoder's decoder at 1024 x 1024 in bf16, channels-last: nothing is upcast, nothing converted."""
     with torch.device("meta"):
         vae = diffusers.AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, force_upcast=True,
-            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            force_upcast=True,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+        )
     vae = vae.eval().requires_grad_(False).bfloat16()
     latents = empty(1, 4, 128, 128)
     eager = count_launches(lambda v, z: v.decode(z).sample, fake_cuda(vae), latents)

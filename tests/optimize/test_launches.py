@@ -129,8 +129,10 @@ def test_an_operator_of_the_package_counts_what_its_module_says(monkeypatch):
     library = torch.library.Library("pydiff", "FRAGMENT")
     library.define("launch_test(Tensor x, int parts, bool twice=False) -> Tensor")
     library.define("launch_test_silent(Tensor x) -> Tensor")
-    for name, function in (("launch_test", lambda x, parts, twice=False: x * parts + parts),
-                           ("launch_test_silent", lambda x: x * 2 + 1)):
+    for name, function in (
+        ("launch_test", lambda x, parts, twice=False: x * parts + parts),
+        ("launch_test_silent", lambda x: x * 2 + 1),
+    ):
         library.impl(name, function, "CompositeExplicitAutograd")
     monkeypatch.setattr(launches, "_launch_functions", dict)
     assert counted(torch.ops.pydiff.launch_test_silent, fake(3)) == {"pydiff::launch_test_silent": 1}  # nobody says
@@ -149,8 +151,20 @@ def test_an_operator_of_the_package_counts_what_its_module_says(monkeypatch):
 
 @pytest.mark.parametrize(
     "index",
-    [None, 1, -1, slice(1, 3), Ellipsis, (slice(None), None), (..., None), (0, ..., 2), (None, ..., slice(0, 4, 2)),
-     (slice(None), [0, 2]), (slice(None), 1, None, ..., -1), (slice(None), None, None, [1, 0, 1])],
+    [
+        None,
+        1,
+        -1,
+        slice(1, 3),
+        Ellipsis,
+        (slice(None), None),
+        (..., None),
+        (0, ..., 2),
+        (None, ..., slice(0, 4, 2)),
+        (slice(None), [0, 2]),
+        (slice(None), 1, None, ..., -1),
+        (slice(None), None, None, [1, 0, 1]),
+    ],
 )
 def test_indexing_a_fake_tensor_gives_the_shape_and_strides_of_indexing(index):
     x = torch.zeros(4, 5, 6)
@@ -182,8 +196,9 @@ def test_real_tensors_are_computed_and_counted_by_the_same_rules():
     assert str(real).splitlines()[:2] == ["     6 kernels", "     3 native_group_norm"]
 
 
-@pytest.mark.parametrize("wrap", [lambda m, x: (m.forward, x), lambda m, x: (functools.partial(m, x),),
-                                  lambda m, x: (lambda: m(x),)])
+@pytest.mark.parametrize(
+    "wrap", [lambda m, x: (m.forward, x), lambda m, x: (functools.partial(m, x),), lambda m, x: (lambda: m(x),)]
+)
 def test_fake_tensors_are_found_in_methods_partial_functions_and_closures(wrap):
     model, x = fake_cuda((nn.Linear(4, 4, device=META), meta(2, 4, dtype=torch.float32)))
     assert count_launches(*wrap(model, x)).total == 1

@@ -23,16 +23,36 @@ SHAPE = (2, 4, 8, 8)
 
 
 def make(**config: Any) -> nn.Module:
-    return checks.seeded(lambda: diffusers.UNet2DConditionModel(**dict(
-        sample_size=8, in_channels=4, out_channels=4, norm_num_groups=8, layers_per_block=1, cross_attention_dim=24,
-        block_out_channels=(16, 32), attention_head_dim=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")) | config))
+    return checks.seeded(
+        lambda: diffusers.UNet2DConditionModel(
+            **dict(
+                sample_size=8,
+                in_channels=4,
+                out_channels=4,
+                norm_num_groups=8,
+                layers_per_block=1,
+                cross_attention_dim=24,
+                block_out_channels=(16, 32),
+                attention_head_dim=8,
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            )
+            | config
+        )
+    )
 
 
 def ddpm() -> nn.Module:
-    return checks.seeded(lambda: diffusers.UNet2DModel(
-        sample_size=8, norm_num_groups=8, layers_per_block=1, block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2))
+    return checks.seeded(
+        lambda: diffusers.UNet2DModel(
+            sample_size=8,
+            norm_num_groups=8,
+            layers_per_block=1,
+            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+        )
+    )
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -142,8 +162,10 @@ def test_transforms_of_torch_func() -> None:
     several, text = torch.stack([x, v]), random(2, 5, 24)
     assert torch.equal(*(torch.func.vmap(lambda z, m=m: m(z, 3, text)[0])(several) for m in (fused, plain)))
     weights = {k: torch.stack([p, 1.1 * p]) for k, p in plain.named_parameters()}
-    results = [torch.func.vmap(lambda w, m=m: torch.func.functional_call(m, w, (x, 3, text))[0])(weights)
-               for m in (fused, plain)]
+    results = [
+        torch.func.vmap(lambda w, m=m: torch.func.functional_call(m, w, (x, 3, text))[0])(weights)
+        for m in (fused, plain)
+    ]
     assert torch.equal(*results)
 
 
@@ -206,6 +228,7 @@ def test_moved_weights_leave_nothing_behind() -> None:
 
     def packs() -> list[Any]:
         return [v for m in fused.modules() for k, v in vars(m).items() if k.startswith("_pydiff_packed")]
+
     assert any(p is not None for p in packs())
     fused.to(torch.bfloat16)
     assert not any(p is not None for p in packs())
@@ -321,6 +344,7 @@ def test_a_compiled_model_is_what_samples() -> None:
         def run(*args: Any) -> Any:
             runs.append(1)
             return graph(*args)
+
         return run
 
     torch._dynamo.reset()
@@ -353,8 +377,9 @@ def test_exchanged_blocks() -> None:
 
 def test_widths_that_mean_something_else() -> None:
     """The embedding of time and class side by side is as wide as all projections together."""
-    model: Any = make(num_class_embeds=5, class_embeddings_concat=True, block_out_channels=(24, 40),
-                      mid_block_type=None)
+    model: Any = make(
+        num_class_embeds=5, class_embeddings_concat=True, block_out_channels=(24, 40), mid_block_type=None
+    )
     resnets: Any = [m for m in model.modules() if type(m).__name__ == "ResnetBlock2D"]
     assert sum(m.out_channels for m in resnets) == resnets[0].time_emb_proj.in_features
     labels = torch.tensor([1, 3])
@@ -363,9 +388,19 @@ def test_widths_that_mean_something_else() -> None:
 
 
 def test_tables_of_unreasonable_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = pydiff.optimize(checks.seeded(lambda: diffusers.UNet2DModel(
-        sample_size=8, norm_num_groups=8, layers_per_block=1, block_out_channels=(16, 32), num_class_embeds=5,
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)))
+    model = pydiff.optimize(
+        checks.seeded(
+            lambda: diffusers.UNet2DModel(
+                sample_size=8,
+                norm_num_groups=8,
+                layers_per_block=1,
+                block_out_channels=(16, 32),
+                num_class_embeds=5,
+                down_block_types=("DownBlock2D",) * 2,
+                up_block_types=("UpBlock2D",) * 2,
+            )
+        )
+    )
     times, cond = torch.tensor([5.0, 3.0]), {"class_labels": torch.tensor([1, 2])}
     HoistedModel(model, times, cond, batch=2)
     monkeypatch.setattr(pydiff.optimize.hoisting, "_LARGEST_TABLE", 4096)
@@ -374,7 +409,6 @@ def test_tables_of_unreasonable_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_conditions_that_are_no_tensors() -> None:
-    model = pydiff.optimize(checks.seeded(lambda: UNet(
-        (8, 8), (1, 1), (False, False), embedding_dim=16, groups=4)))
+    model = pydiff.optimize(checks.seeded(lambda: UNet((8, 8), (1, 1), (False, False), embedding_dim=16, groups=4)))
     with pytest.raises(CannotHoist, match="tensors"):
         HoistedModel(model, torch.tensor([5.0]), {"labels": [1, 2]}, batch=2)

@@ -20,8 +20,18 @@ diffusers = pytest.importorskip("diffusers")
 processors = pytest.importorskip("diffusers.models.attention_processor")
 normalization = pytest.importorskip("diffusers.models.normalization")
 
-COMMON = dict(sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-              joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=20, pos_embed_max_size=8)
+COMMON = dict(
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    num_layers=2,
+    attention_head_dim=8,
+    num_attention_heads=2,
+    joint_attention_dim=12,
+    caption_projection_dim=16,
+    pooled_projection_dim=20,
+    pos_embed_max_size=8,
+)
 
 
 def sd3() -> nn.Module:
@@ -39,8 +49,10 @@ MODELS = {"sd3": sd3, "sd35": sd35}
 
 def condition(rows: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     make = torch.Generator().manual_seed(7)
-    return {"encoder_hidden_states": torch.randn(rows, 5, 12, generator=make).to(dtype),
-            "pooled_projections": torch.randn(rows, 20, generator=make).to(dtype)}
+    return {
+        "encoder_hidden_states": torch.randn(rows, 5, 12, generator=make).to(dtype),
+        "pooled_projections": torch.randn(rows, 20, generator=make).to(dtype),
+    }
 
 
 def image(dtype: torch.dtype = torch.float32, size: tuple[int, int] = (8, 8)) -> torch.Tensor:
@@ -82,12 +94,26 @@ def test_compiles(make) -> None:
 
 
 def test_follows_weights() -> None:
-    names = [f"transformer_blocks.0.{layer}.weight" for layer in (
-        "attn.to_q", "attn.to_v", "attn.add_k_proj", "attn.to_add_out", "attn.norm_q", "attn.norm_added_k",
-        "attn2.to_k", "norm1.linear", "norm1_context.linear", "ff.net.0.proj", "ff_context.net.2")]
+    names = [
+        f"transformer_blocks.0.{layer}.weight"
+        for layer in (
+            "attn.to_q",
+            "attn.to_v",
+            "attn.add_k_proj",
+            "attn.to_add_out",
+            "attn.norm_q",
+            "attn.norm_added_k",
+            "attn2.to_k",
+            "norm1.linear",
+            "norm1_context.linear",
+            "ff.net.0.proj",
+            "ff_context.net.2",
+        )
+    ]
     checks.assert_follows_weights(sd35, call, [*names, "norm_out.linear.bias", "context_embedder.weight"])
-    checks.assert_follows_weights(sd3, call, ["transformer_blocks.1.attn.to_q.bias",
-                                              "transformer_blocks.1.attn.add_v_proj.bias"])
+    checks.assert_follows_weights(
+        sd3, call, ["transformer_blocks.1.attn.to_q.bias", "transformer_blocks.1.attn.add_v_proj.bias"]
+    )
 
 
 def test_hooks_fire(make) -> None:
@@ -193,8 +219,13 @@ def test_report(make) -> None:
     model.transformer_blocks[1].set_chunk_feed_forward(1)
     _, report = pydiff.optimize(model, report=True)
     assert not any(isinstance(block.attn, Fused) for block in model.transformer_blocks)
-    assert {entry.cls for entry in report.replaced} >= {"SD3Transformer2DModel", "JointTransformerBlock", "GELU",
-                                                        "AdaLayerNormZero", "AdaLayerNormContinuous"}
+    assert {entry.cls for entry in report.replaced} >= {
+        "SD3Transformer2DModel",
+        "JointTransformerBlock",
+        "GELU",
+        "AdaLayerNormZero",
+        "AdaLayerNormContinuous",
+    }
     left = {entry.name: entry.what for entry in report.left}
     assert "chunked" in left["transformer_blocks.1"] and "Counting" in left["transformer_blocks.0.attn"]
 

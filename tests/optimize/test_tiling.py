@@ -26,12 +26,21 @@ diffusers = pytest.importorskip("diffusers")
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
-def autoencoder(widths: tuple[int, ...] = (8, 16, 16), layers: int = 1, dtype: torch.dtype = torch.float32,
-                seed: int = 0) -> Any:
-    return seeded(lambda: diffusers.AutoencoderKL(
-        block_out_channels=widths, norm_num_groups=4, layers_per_block=layers, latent_channels=4, scaling_factor=1.0,
-        down_block_types=("DownEncoderBlock2D",) * len(widths),
-        up_block_types=("UpDecoderBlock2D",) * len(widths)), seed).to(dtype)
+def autoencoder(
+    widths: tuple[int, ...] = (8, 16, 16), layers: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Any:
+    return seeded(
+        lambda: diffusers.AutoencoderKL(
+            block_out_channels=widths,
+            norm_num_groups=4,
+            layers_per_block=layers,
+            latent_channels=4,
+            scaling_factor=1.0,
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+        ),
+        seed,
+    ).to(dtype)
 
 
 def latents(height: int, width: int, rows: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -227,15 +236,27 @@ class TestRefusals:
             decode(model, latents(4, 4), tile=8)
 
     def test_attention_in_an_up_block(self) -> None:
-        model = seeded(lambda: diffusers.AutoencoderKL(
-            block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D")))
+        model = seeded(
+            lambda: diffusers.AutoencoderKL(
+                block_out_channels=(8, 8),
+                norm_num_groups=4,
+                layers_per_block=1,
+                latent_channels=4,
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+            )
+        )
         with pytest.raises(ValueError, match="up_blocks.0 is AttnUpDecoderBlock2D"):
             decode(model, latents(4, 4), tile=8)
 
     def test_hooks_that_would_not_fire(self) -> None:
-        for find in (lambda d: d, lambda d: d.up_blocks[1], lambda d: d.up_blocks[1].resnets[0],
-                     lambda d: d.up_blocks[0].resnets[1].norm2, lambda d: d.conv_norm_out):
+        for find in (
+            lambda d: d,
+            lambda d: d.up_blocks[1],
+            lambda d: d.up_blocks[1].resnets[0],
+            lambda d: d.up_blocks[0].resnets[1].norm2,
+            lambda d: d.conv_norm_out,
+        ):
             self.check(lambda d, find=find: find(d).register_forward_hook(lambda *args: None), "hooked")
 
     def test_seamless_textures(self) -> None:

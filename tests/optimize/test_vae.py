@@ -15,8 +15,14 @@ from tests.optimize import checks
 diffusers = pytest.importorskip("diffusers")
 
 WIDTHS = (16, 32, 32)
-COMMON = dict(block_out_channels=WIDTHS, norm_num_groups=8, layers_per_block=1, sample_size=32,
-              down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
+COMMON = dict(
+    block_out_channels=WIDTHS,
+    norm_num_groups=8,
+    layers_per_block=1,
+    sample_size=32,
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+)
 
 
 def sd() -> Any:
@@ -26,14 +32,26 @@ def sd() -> Any:
 
 def flux() -> Any:
     """Flux's and Stable Diffusion 3's: more latent channels, which are shifted, and no 1x1 convolutions."""
-    return diffusers.AutoencoderKL(**COMMON, latent_channels=8, use_quant_conv=False, use_post_quant_conv=False,
-                                   scaling_factor=0.3611, shift_factor=0.1159, force_upcast=False)
+    return diffusers.AutoencoderKL(
+        **COMMON,
+        latent_channels=8,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        force_upcast=False,
+    )
 
 
 def standardised() -> Any:
     """With a mean and a deviation for each latent channel, and no attention."""
-    return diffusers.AutoencoderKL(**COMMON, latent_channels=4, mid_block_add_attention=False,
-                                   latents_mean=(0.5, -1.0, 0.0, 2.0), latents_std=(1.0, 2.0, 0.5, 3.0))
+    return diffusers.AutoencoderKL(
+        **COMMON,
+        latent_channels=4,
+        mid_block_add_attention=False,
+        latents_mean=(0.5, -1.0, 0.0, 2.0),
+        latents_std=(1.0, 2.0, 0.5, 3.0),
+    )
 
 
 MODELS = {"sd": sd, "flux": flux, "standardised": standardised}
@@ -66,8 +84,12 @@ def encoded(model: Any, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def test_close(make: Any) -> None:
-    checks.assert_close_in_float32(lambda: make().decoder, lambda decoder: decoder(torch.ones(2, 1, 5, 6).expand(
-        2, decoder.conv_in.in_channels, 5, 6) * torch.linspace(-2, 2, 6)))
+    checks.assert_close_in_float32(
+        lambda: make().decoder,
+        lambda decoder: decoder(
+            torch.ones(2, 1, 5, 6).expand(2, decoder.conv_in.in_channels, 5, 6) * torch.linspace(-2, 2, 6)
+        ),
+    )
     checks.assert_close_in_float32(lambda: make().encoder, lambda encoder: encoder(image(size=(14, 18))))
     for call in (decoded, encoded):
         model = checks.seeded(make)
@@ -93,8 +115,16 @@ def test_compiles() -> None:
 
 
 def test_follows_weights() -> None:
-    names = [f"decoder.{name}.weight" for name in ("conv_norm_out", "conv_out", "mid_block.attentions.0.to_v",
-                                                   "up_blocks.0.resnets.0.norm2", "up_blocks.0.upsamplers.0.conv")]
+    names = [
+        f"decoder.{name}.weight"
+        for name in (
+            "conv_norm_out",
+            "conv_out",
+            "mid_block.attentions.0.to_v",
+            "up_blocks.0.resnets.0.norm2",
+            "up_blocks.0.upsamplers.0.conv",
+        )
+    ]
     checks.assert_follows_weights(sd, both_ways, [*names, "encoder.conv_norm_out.bias", "post_quant_conv.weight"])
 
 
@@ -124,9 +154,14 @@ def test_report() -> None:
 
 def test_spatial_norms_stay() -> None:
     def movq() -> nn.Module:
-        return diffusers.VQModel(block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
-                                 up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, num_vq_embeddings=8,
-                                 norm_type="spatial")
+        return diffusers.VQModel(
+            block_out_channels=(32, 32),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            num_vq_embeddings=8,
+            norm_type="spatial",
+        )
 
     model = checks.seeded(movq)
     z = torch.randn(1, 4, 4, 4)
@@ -145,8 +180,13 @@ class TestDiffusersOwnTiling:
         results = []
         for model in (checks.seeded(sd), pydiff.optimize(checks.seeded(sd), memory_format=torch.channels_last)):
             getattr(model, way)()
-            results.append((model.decode(latents(model, size=(12, 11))).sample, encoded(model),
-                            decode(model, latents(model, size=(12, 11)))))
+            results.append(
+                (
+                    model.decode(latents(model, size=(12, 11))).sample,
+                    encoded(model),
+                    decode(model, latents(model, size=(12, 11))),
+                )
+            )
         for result, expected in zip(*results):
             assert checks.relative(result, expected) < 2e-5
 
@@ -162,9 +202,15 @@ class TestDiffusersOwnTiling:
 class TestDecode:
     def test_unscales_as_the_pipelines_do(self) -> None:
         for make, unscaled in (
-            (sd, lambda z: z / 0.18215), (flux, lambda z: z / 0.3611 + 0.1159),
-            (standardised, lambda z: z * torch.tensor([1.0, 2.0, 0.5, 3.0]).view(1, 4, 1, 1) / 0.18215
-             + torch.tensor([0.5, -1.0, 0.0, 2.0]).view(1, 4, 1, 1)),
+            (sd, lambda z: z / 0.18215),
+            (flux, lambda z: z / 0.3611 + 0.1159),
+            (
+                standardised,
+                lambda z: (
+                    z * torch.tensor([1.0, 2.0, 0.5, 3.0]).view(1, 4, 1, 1) / 0.18215
+                    + torch.tensor([0.5, -1.0, 0.0, 2.0]).view(1, 4, 1, 1)
+                ),
+            ),
         ):
             model = checks.seeded(make)
             z = latents(model)
@@ -205,8 +251,12 @@ class TestDecode:
         assert tile is None or fetched == [model]
 
     def test_another_autoencoder(self) -> None:
-        model = diffusers.AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
-                                          num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()
+        model = diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        ).eval()
         z = torch.randn(1, 4, 4, 4)
         with torch.no_grad():
             assert torch.equal(decode(model, z), model.decode(z / model.config.scaling_factor).sample)

@@ -43,8 +43,11 @@ class GaussianMixture:
         variances = torch.as_tensor(self.stds, dtype=x.dtype) ** 2
         total = alpha**2 * variances + sigma**2  # [B, K]
         offset = x.unsqueeze(1) - alpha.unsqueeze(1) * means  # [B, K, D]
-        log = (torch.as_tensor(np.log(self.weights), dtype=x.dtype) - 0.5 * offset.square().sum(-1) / total
-               - 0.5 * self.means.shape[1] * total.log())
+        log = (
+            torch.as_tensor(np.log(self.weights), dtype=x.dtype)
+            - 0.5 * offset.square().sum(-1) / total
+            - 0.5 * self.means.shape[1] * total.log()
+        )
         gain = (alpha * variances / total).unsqueeze(-1)
         return (log.softmax(1).unsqueeze(-1) * (means + gain * offset)).sum(1)
 
@@ -68,6 +71,7 @@ class GaussianMixture:
         """
         shape = x.shape
         l0, l1 = (math.log(a / s) for a, s in (start, end))
+
         # x0 depends on (alpha, sigma) through their ratio alone once x is rescaled: take alpha^2 + sigma^2 = 1
         def slope(lam: float, y: np.ndarray) -> np.ndarray:
             alpha, sigma = (math.sqrt(1 / (1 + math.exp(s * 2 * lam))) for s in (-1, 1))

@@ -86,8 +86,12 @@ def predict(kind: str, x: torch.Tensor, alpha: float, sigma: float) -> torch.Ten
         out = -out if kind == "edm-v" else out
     else:
         epsilon = (z - alpha * x0) / sigma
-        out = {"epsilon": epsilon, "sample": x0, "v_prediction": alpha * epsilon - sigma * x0,
-               "flow_prediction": epsilon - x0}[kind]
+        out = {
+            "epsilon": epsilon,
+            "sample": x0,
+            "v_prediction": alpha * epsilon - sigma * x0,
+            "flow_prediction": epsilon - x0,
+        }[kind]
     return out.to(x.dtype)
 
 
@@ -170,9 +174,13 @@ def load_k_diffusion() -> types.ModuleType | None:
 
 # How a scheduler holds its sample: x itself at levels of `sigmas` or of `alphas_cumprod`; x / alpha; or x of EDM, flow.
 SCALINGS = {
-    "DDPMScheduler": "table", "DDIMScheduler": "table",
-    "EulerDiscreteScheduler": "ratio", "EulerAncestralDiscreteScheduler": "ratio", "HeunDiscreteScheduler": "ratio",
-    "EDMEulerScheduler": "edm", "EDMDPMSolverMultistepScheduler": "edm",
+    "DDPMScheduler": "table",
+    "DDIMScheduler": "table",
+    "EulerDiscreteScheduler": "ratio",
+    "EulerAncestralDiscreteScheduler": "ratio",
+    "HeunDiscreteScheduler": "ratio",
+    "EDMEulerScheduler": "edm",
+    "EDMDPMSolverMultistepScheduler": "edm",
     "FlowMatchEulerDiscreteScheduler": "flow",
 }  # all others: "vp"
 
@@ -209,9 +217,18 @@ def output_kind(scaling: str, config: dict[str, Any]) -> str:
     return config.get("prediction_type", "flow_prediction" if scaling == "flow" else "epsilon")
 
 
-def run_diffusers(name: str, config: dict[str, Any], steps: int, *, double: bool = False, draws: int = 0,
-                  seed: int = 0, model: Model = predict,
-                  generator: torch.Generator | None = None, **step_options: Any) -> PeerRun:
+def run_diffusers(
+    name: str,
+    config: dict[str, Any],
+    steps: int,
+    *,
+    double: bool = False,
+    draws: int = 0,
+    seed: int = 0,
+    model: Model = predict,
+    generator: torch.Generator | None = None,
+    **step_options: Any,
+) -> PeerRun:
     """Run a scheduler on the model. `generator`: let it draw its own noise, instead of `problem`'s `draws`."""
     cls = scheduler_class(name)
     module = sys.modules[cls.__module__]
@@ -293,8 +310,9 @@ def stage_model(plan: pydiff.Plan, kind: str, model: Model = predict) -> Callabl
     return lambda x, t: model(kind, x, *next(levels))
 
 
-def run_pydiff(plan: pydiff.Plan, run: PeerRun, *, double: bool = False, draws: int = 0, seed: int = 0,
-               model: Model = predict) -> torch.Tensor:
+def run_pydiff(
+    plan: pydiff.Plan, run: PeerRun, *, double: bool = False, draws: int = 0, seed: int = 0, model: Model = predict
+) -> torch.Tensor:
     """The problem that `run` solved, through a plan."""
     noise = problem(draws, seed)[1] if plan.num_draws else None
     dtype = torch.float64 if double else torch.float32

@@ -58,8 +58,9 @@ def probe_diffusers(scheduler: Any, steps: int, calls: int) -> np.ndarray:
 def probe_plan(plan: pydiff.Plan) -> np.ndarray:
     """The map of a plan, by running it."""
     basis = Basis(len(plan), plan.num_draws)
-    _, trajectory = pydiff.run_plan(plan, basis.model, basis.start, noise=basis.noise, dtype=torch.float64,
-                                    return_trajectory=True)
+    _, trajectory = pydiff.run_plan(
+        plan, basis.model, basis.start, noise=basis.noise, dtype=torch.float64, return_trajectory=True
+    )
     return trajectory[1:].flatten(1).numpy()
 
 
