@@ -278,7 +278,8 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def environment(device: torch.device) -> dict[str, Any]:
     """What a reader needs to know of the machine, the software and the source."""
     import pydiff
-    from pydiff import _native, info
+    from pydiff.cli import info
+    from pydiff.ops import native
 
     processor = dict(info.processor())
     on_cuda = device.type == "cuda"
@@ -296,7 +297,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "driver": dict(info.cuda_devices())["driver"] if on_cuda else None,
         "pydiff": pydiff.__version__,
-        "compiled_code": _native.build_info(),
+        "compiled_code": native.build_info(),
         **{name: _version(name) for name in ("numpy", "diffusers", "k-diffusion")},
         **_source(),
     }

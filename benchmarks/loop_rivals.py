@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pydiff
 from benchmarks.loop_models import Case
-from pydiff.conditions import join
+from pydiff.run.conditions import join
 
 STEPS = 20
 SCHEDULER = "DPMSolverMultistepScheduler"  # its defaults are DPM-Solver++(2M)

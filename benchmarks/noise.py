@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # run as a file
 
 from benchmarks import graph_timing, harness
 from benchmarks.harness import Entries, Entry, NotMeasured, Outcome, Target
-from pydiff import _native
+from pydiff.ops import native
 from pydiff.ops.noise import can_use_native, normal
 
 SHAPES = ((1, 4, 8, 8), (1, 4, 64, 64), (8, 4, 128, 128), (64, 4, 128, 128))
@@ -57,7 +57,7 @@ def entries_for(shape: Shape, device: torch.device) -> Entries:
     entries["pydiff"] = Entry("pydiff", repeated(lambda: normal(seeds, next(draw), shape[1:])), per)
     fast, reason = can_use_native(device)
     if fast:
-        fill = repeated(lambda: _native.normal(ours, seeds, next(draw)))
+        fill = repeated(lambda: native.normal(ours, seeds, next(draw)))
         entries["pydiff fill"] = Entry("pydiff fill", fill, per)
     else:
         entries["pydiff fill"] = NotMeasured(f"plain PyTorch runs, which has no such form: {reason}")

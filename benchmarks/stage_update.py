@@ -39,7 +39,7 @@ if __package__ in (None, ""):  # run as a file
 import pydiff
 from benchmarks import graph_timing, harness, noise
 from benchmarks.harness import Entries, Entry, NotMeasured, Outcome, Target
-from pydiff.ops import table
+from pydiff.plans import table
 
 STEPS = 20
 SHAPES = {"tiny": (1, 4, 8, 8), "mid": (8, 4, 128, 128), "big": (64, 4, 128, 128)}

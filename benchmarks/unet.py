@@ -14,7 +14,7 @@ pydiff+compile, pydiff hoisted: that compiled as above; and with what does not d
 call: from the call until the device is done, as a loop outside of any graph would have it. replay: the same call
 captured in a CUDA graph and replayed, as pydiff's sampler runs it and as mode="max-autotune" would. warm-up: from the
 plain model to the end of the first call. peak: the most that was allocated during calls, weights included.
-kernels: launched by one call, seen by torch.profiler on CUDA; `counted`: by `pydiff.optimize.launches` on the model's
+kernels: launched by one call, seen by torch.profiler on CUDA; `counted`: by `pydiff.check.launches` on the model's
 shapes alone. difference: of the outputs from eager's, the largest over eager's largest.
 
 bfloat16 on CUDA, float32 elsewhere. Every variant starts from a model of its own with the same weights. Variants are
@@ -212,11 +212,11 @@ def first_tensor(output: Any) -> Tensor:
 
 
 def counted_kernels(workload: Workload, name: str, smoke: bool) -> dict[str, Any]:
-    """Kernels of one call by the rules of `pydiff.optimize.launches`: at full size, without memory."""
+    """Kernels of one call by the rules of `pydiff.check.launches`: at full size, without memory."""
     if name in ON_CUDA:
         return NotMeasured(NOT_COUNTED).to_dict()
     try:
-        from pydiff.optimize.launches import count_launches, fake_cuda
+        from pydiff.check.launches import count_launches, fake_cuda
 
         model, inputs = workload.build(
             torch.device("meta"), torch.bfloat16, channels_last=name not in CONTIGUOUS, smoke=smoke
@@ -233,7 +233,7 @@ def counted_kernels(workload: Workload, name: str, smoke: bool) -> dict[str, Any
 
 
 def _counted_hoisted(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    from pydiff.optimize.launches import count_launches
+    from pydiff.check.launches import count_launches
 
     calls: list[Call] = []
     count_launches(lambda: calls.append(hoisted_call(model, inputs)))

@@ -2,7 +2,7 @@
 
 import sys
 
-from pydiff.cli import main
+from pydiff.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

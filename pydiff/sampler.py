@@ -1,21 +1,31 @@
-"""The public face of sampling: `Sampler`, a model with a compiled plan, and `sample`, which makes one and calls it."""
+"""The public face of sampling.
+
+`Sampler` is a model with a compiled plan; `sample` makes one and calls it; `check_capturable` says what keeps its loop
+out of a CUDA graph.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
 
-from pydiff.compiler import GuidanceScale, make_plan
+from pydiff.check.capturable import STEPS, CaptureReport, check_plan
 from pydiff.graph.captured import CapturedLoop, GraphStats
 from pydiff.graph.request import make_request
-from pydiff.loop import Model, run_plan
-from pydiff.noise_schedule import NoiseSchedule, VPLinear
-from pydiff.noise_source import from_generator
-from pydiff.plan import Plan, stage_values
-from pydiff.prediction import Prediction
-from pydiff.state import Seed, check_shape, distinct_plans, initial_noise, row_seeds, seed_values
+from pydiff.plans.plan import Plan
+from pydiff.plans.validation import stage_values
+from pydiff.run.conditions import check_condition
+from pydiff.run.loop import Model, run_plan
+from pydiff.run.noise_source import from_generator
+from pydiff.run.state import Seed, check_shape, distinct_plans, initial_noise, row_seeds, seed_values
+from pydiff.schedules.base import NoiseSchedule
+from pydiff.schedules.closed_form import VPLinear
+from pydiff.schedules.prediction import Prediction
+from pydiff.solvers.compiler import GuidanceScale, make_plan
 
 DEFAULT_STEPS = 20
 GUIDED_PLANS = 16  # plans with another guidance scale that a sampler remembers
@@ -260,3 +270,66 @@ def _check_x0(x0: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         got = list(x0.shape) if isinstance(x0, torch.Tensor) else type(x0).__name__
         raise ValueError(f"x0 must be a tensor of shape {list(z.shape)} (or one row), got {got}")
     return x0.to(device=z.device, dtype=z.dtype)
+
+
+def check_capturable(
+    model: Model | Sampler,
+    x: torch.Tensor | Sequence[int],
+    *,
+    cond: Mapping[str, Any] | None = None,
+    uncond: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> CaptureReport:
+    """What prevents the capture of a model's sampling loop in a CUDA graph, with file and line.
+
+    The eager loop runs for a few steps on fake CUDA tensors: no GPU is needed, no memory is taken for the weights, and
+    neither model nor tensors are changed. What a library decides on the device alone is not seen, and tensors that the
+    model holds are taken to be on the device already.
+
+    Args:
+        model: any callable model(x, t, **cond), on any device, the meta device included; or a `pydiff.Sampler`, whose
+            plan and dtypes are used.
+        x: a tensor, or a shape, [B, *sample].
+        cond, uncond: keyword arguments of the model; uncond is needed where the guidance scale is not 1.
+        options: those of `pydiff.Sampler` (solver, schedule, guidance_scale, model_dtype, ...), 3 steps by default;
+            none where a sampler is given.
+
+    Returns: a `CaptureReport`, true where nothing was found.
+
+    Raises `TypeError` or `ValueError` for a model that is not callable or cannot be copied, for x that is neither
+    tensor nor shape, and for options that `Sampler` does not take. An error of the model itself is in the report.
+    """
+    check_condition("cond", cond)
+    check_condition("uncond", uncond)
+    sampler = _watched(model, options)
+    modules = sampler.model.modules() if isinstance(sampler.model, nn.Module) else ()
+    if any(p is not None and is_lazy(p) for module in modules for p in module._parameters.values()):
+        raise ValueError("the model has lazy parameters: call it once first")
+    return check_plan(
+        sampler.plan,
+        sampler.model,
+        _batch(x, sampler.dtype),
+        cond=cond,
+        uncond=uncond,
+        dtype=sampler.dtype,
+        model_dtype=sampler.model_dtype,
+    )
+
+
+def _watched(model: Any, options: dict[str, Any]) -> Sampler:
+    if isinstance(model, Sampler):
+        if options:
+            raise TypeError(f"a Sampler has its options already; leave out {', '.join(sorted(options))}")
+        return model
+    if all(options.get(name) is None for name in ("steps", "times", "sigmas")):
+        options = {**options, "steps": STEPS}
+    return Sampler(model, **options)
+
+
+def _batch(x: Any, dtype: torch.dtype) -> torch.Tensor:
+    shape = tuple(x.shape) if isinstance(x, torch.Tensor) else check_shape("x (a tensor, or its shape)", x)
+    if not shape or not shape[0]:
+        raise ValueError(f"x must have a row at least, got shape {list(shape)}")
+    if isinstance(x, torch.Tensor):
+        return x
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -13,129 +13,123 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pydiff"
 LONGEST_FILE = 500
 
-# Operations with a Triton kernel.
-FAMILIES = ("attention", "geglu", "group_norm", "layer_norm", "residual", "rms_norm", "upsample")
-TRITON = {f"ops.{name}" for name in FAMILIES}
-
-# From the ground up: a module imports its own layer and those below it.
-LAYERS = [
-    {
-        "schedule_base",
-        "schedule_from_callable",
-        "noise_schedule",
-        "schedule_from_config",
-        "prediction",
-        "grid_nodes",
-        "time_grid",
-        "combination",
-        "ops.table",
-        "ops",
-    },
-    {"plan", "plan_text", "plan_builder"},
+# From the top down: a module imports its own folder and those below it, and never upward.
+FOLDERS = [
+    {"cli", "info", "__main__"},
+    {"serve"},
+    {"adapters"},
+    {"training", "tune", "evaluate"},
+    {"engine"},
+    {"procedures"},
+    {"sampler"},
+    {"graph"},
+    {"check"},
+    {"run"},
+    {"optimize"},
+    {"guidance"},
+    {"discrete"},
+    {"ops"},
     {"solvers"},
-    {"compiler", "_native", "ops.library", "ops.noise", "ops.stage", "ops.triton_ops", "ops.measured", *TRITON},
-    {"noise_source", "conditions", "references"},
-    {"state"},
-    {"loop", "sampler", "fake_cuda", "graph", "optimize", "models"},
-    {"cli", "info", "adapters", "engine", "procedures"},
+    {"plans"},
+    {"schedules"},
+    {"models"},
 ]
-TORCH_FREE = {
-    "combination",
-    "compiler",
-    "plan",
-    "plan_text",
-    "plan_builder",
-    "solvers",
-    "noise_schedule",
-    "prediction",
-    "time_grid",
-    "ops.table",
-}
+TORCH_FREE = {"solvers", "plans", "schedules"}
+FACE = "<pydiff>"  # the package itself
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its name without the leading "pydiff."; the package itself is ""."""
+    """Every module of the package by its name without the leading "pydiff."."""
     found = {}
     for path in PACKAGE.rglob("*.py"):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        found[name.removesuffix("__init__").removesuffix(".")] = path
+        found[name.removesuffix("__init__").removesuffix(".") or FACE] = path
     return found
 
 
-def imports(tree: ast.AST, *, at_top: bool = False) -> set[str]:
-    """Modules that code imports, but for type checkers alone; at_top: while the module is loaded."""
+MODULES = modules()
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """All that code imports, wherever: inside functions and for type checkers too. `from a import b` is a.b."""
     found: set[str] = set()
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        if at_top and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            continue
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import of {node.module}"
-            found.add(node.module or "")
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-        else:
-            found |= imports(node, at_top=at_top)
     return found
 
 
 def inside(names: set[str]) -> set[str]:
-    """Of imported names, the package's own modules."""
-    return {n.removeprefix("pydiff.") for n in names if n.startswith("pydiff.")} & set(modules())
-
-
-def layer(name: str) -> int | None:
-    """Where a module stands: at its own entry, or that of what it is part of (solvers.euler, cli_sample)."""
-    entries = {entry: k for k, names in enumerate(LAYERS) for entry in names}
-    homes = [e for e in entries if name == e or name.startswith((e + ".", e + "_"))]
-    return entries[max(homes, key=len)] if homes else None
+    """Of imported names, the package's own modules that hold them."""
+    found = set()
+    for name in names:
+        top, *parts = name.split(".")
+        if top == "pydiff" and parts[:1] not in (["kernels"], ["_C"]):  # which are no part of these folders
+            homes = [".".join(parts[:k]) for k in range(len(parts), 0, -1)]
+            found.add(next((home for home in homes if home in MODULES), FACE))
+    return found
 
 
 def parse(name: str) -> ast.AST:
-    return ast.parse(modules()[name].read_text(encoding="utf-8"))
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
 
 
-MODULES = sorted(n for n in modules() if n and n != "__main__")
+EDGES = {name: inside(imports(parse(name))) for name in MODULES}
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_run_one_way(name) -> None:
-    here = layer(name)
-    assert here is not None, f"pydiff.{name} has no layer yet: give it one in {Path(__file__).name}"
-    for target in inside(imports(parse(name))):
-        assert layer(target) is not None and layer(target) <= here, f"pydiff.{name} imports pydiff.{target} above it"
+def floor(name: str) -> int:
+    """Where a module stands, counted from the top."""
+    folder = name.split(".")[0]
+    found = [k for k, folders in enumerate(FOLDERS) if folder in folders]
+    assert found, f"pydiff.{name} has no place yet: give its folder one in {Path(__file__).name}"
+    return found[0]
 
 
-def test_a_wrong_import_would_be_seen() -> None:
-    assert layer("plan") < layer("sampler") and layer("solvers.euler") < layer("ops.stage")
-    wrong = ast.parse("def f():\n    from pydiff.ops import stage\n    import pydiff.sampler\n")
-    assert inside(imports(wrong)) == {"ops", "ops.stage", "sampler"} and inside(imports(wrong, at_top=True)) == set()
-
-
-@pytest.mark.parametrize("name", [n for n in MODULES if n in TORCH_FREE or n.split(".")[0] in TORCH_FREE])
-def test_what_compiles_plans_names_no_backend(name) -> None:
-    names = imports(parse(name))
-    assert not {n for n in names if n.split(".")[0] in ("torch", "triton", "jax")}
-    assert inside(names) & {m for m in modules() if m.startswith("ops")} <= {"ops", "ops.table"}
-    assert "_native" not in inside(names)
-
-
-def test_loading_makes_no_circle() -> None:
-    edges = {name: inside(imports(parse(name), at_top=True)) - {name} for name in modules()}
+def circle(edges: dict[str, set[str]]) -> tuple[str, ...]:
+    """A way along the edges that comes back to where it began, or nothing."""
     done: set[str] = set()
 
-    def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, f"circular import: {' -> '.join((*path, name))}"
+    def visit(name: str, path: tuple[str, ...]) -> tuple[str, ...]:
+        if name in path:
+            return (*path[path.index(name) :], name)
+        found: tuple[str, ...] = ()
         if name not in done:
-            for target in edges[name]:
-                if not name.startswith(target + ".") and not target.startswith(name + "."):  # a package and its modules
-                    visit(target, (*path, name))
+            found = next(filter(None, (visit(target, (*path, name)) for target in sorted(edges[name]))), ())
             done.add(name)
+        return found
 
-    for name in edges:
-        visit(name, ())
+    return next(filter(None, (visit(name, ()) for name in edges)), ())
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {FACE}))
+def test_imports_run_downward(name) -> None:
+    for target in EDGES[name]:
+        if target == FACE:
+            assert floor(name) < floor("sampler"), f"pydiff.{name} imports the package's face"
+        else:
+            assert floor(name) <= floor(target), f"pydiff.{name} imports pydiff.{target}, which is above it"
+
+
+def test_no_files_import_each_other() -> None:
+    assert circle(EDGES) == ()
+
+
+def test_wrong_imports_would_be_seen() -> None:
+    assert floor("sampler") < floor("graph") < floor("run.state") < floor("ops.stage") < floor("plans.plan")
+    lazy = "def f():\n    from pydiff.ops import stage\n    import pydiff.sampler\n"
+    typed = "if TYPE_CHECKING:\n    from pydiff.plans import Plan\n    from pydiff import sample\n"
+    assert inside(imports(ast.parse(lazy))) == {"ops.stage", "sampler"}
+    assert inside(imports(ast.parse(typed))) == {"plans", FACE}
+    assert circle({**EDGES, "plans.base": {*EDGES["plans.base"], "plans.plan"}}) != ()
+    assert len(EDGES) > 100 and sum(map(len, EDGES.values())) > 300
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.split(".")[0] in TORCH_FREE])
+def test_what_compiles_plans_names_no_backend(name) -> None:
+    assert not {n for n in imports(parse(name)) if n.split(".")[0] in ("torch", "triton", "jax")}
 
 
 WITHOUT_TORCH = """
@@ -145,7 +139,7 @@ class Refuse:
         if name.split(".")[0] in ("torch", "triton"):
             raise ImportError(f"{name} is not importable here")
 sys.meta_path.insert(0, Refuse())
-import pydiff, pydiff.solvers, pydiff.compiler
+import pydiff, pydiff.solvers, pydiff.solvers.compiler
 for entry in pydiff.list_solvers():
     for schedule in (pydiff.VPLinear(), pydiff.EDM(), pydiff.DiscreteBetas([0.1] * 20)):
         plan = pydiff.make_plan(entry.name, schedule, 4, known=True, guidance_scale=2.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pydiff
-from pydiff.noise_schedule import named_betas
+from pydiff.schedules.closed_form import named_betas
 
 DISCRETE = pydiff.DiscreteBetas(named_betas("linear", 50))
 PLAN = pydiff.make_plan("dpmpp_2m", steps=3)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import pydiff
-from pydiff import cli
-from pydiff.ops import table
+from pydiff.cli import main
+from pydiff.plans import table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,7 +47,7 @@ def test_the_command_lines_are_one_line_and_set_themselves_up(marker, extra):
         assert re.search(rf"^{extra} = \[", project, re.M)
         assert last[:3] == [".venv/bin/python", "-m", "pytest"]
     else:
-        assert 'pydiff = "pydiff.cli:main"' in project and last[0] == ".venv/bin/pydiff"
+        assert 'pydiff = "pydiff.cli.main:main"' in project and last[0] == ".venv/bin/pydiff"
 
 
 @pytest.mark.parametrize("marker", ["main-command", "test-command"])
@@ -67,7 +67,7 @@ def test_every_pydiff_command_parses():
     commands = [w for line in text.split("\n") if line for w in words(line) if Path(w[0]).name == "pydiff"]
     assert len(commands) >= 5
     for command in commands:
-        assert callable(cli.build_parser().parse_args(command[1:]).run)
+        assert callable(main.build_parser().parse_args(command[1:]).run)
 
 
 @pytest.mark.parametrize("code", blocks(README, "python"))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import pydiff
-from pydiff.ops import table
-from pydiff.plan_builder import PlanBuilder
+from pydiff.plans import table
+from pydiff.plans.builder import PlanBuilder
 
 SHAPE = (3, 2, 4, 4)
 STOCHASTIC = {"solver": "euler_ancestral", "steps": 5}

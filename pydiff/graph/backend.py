@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pydiff import _native
+from pydiff.ops import native
 
 TIMED_RUNS = 5
 ENOUGH_SECONDS = 2.0
@@ -45,7 +45,7 @@ class Backend(Protocol):
         """Run a function on a stream beside the current one, which comes before and after it."""
 
     def watch(self) -> contextlib.AbstractContextManager[Any]:
-        """Gives a `pydiff.graph.watch.Watch`, or something like it, of what runs inside."""
+        """Gives a `pydiff.check.watch.Watch`, or something like it, of what runs inside."""
 
     def capture(self, function: Callable[[], Any], device: torch.device, pool: Any, keep: bool = False) -> Graph:
         """The work a function enqueues, which is not carried out. What the function raises is raised.
@@ -116,7 +116,7 @@ class CudaGraphs:
             return False, f"CUDA graphs need a CUDA device, the samples are on {device}"
         if torch.version.hip:
             return False, "this torch is built for ROCm, on which this was never tried"
-        if "graph" in _native._disabled:
+        if "graph" in native._disabled:
             return False, "PYDIFF_DISABLE names graph"
         return torch.cuda.is_available(), "torch sees no CUDA device"
 
@@ -142,7 +142,7 @@ class CudaGraphs:
             current.wait_stream(side)
 
     def watch(self) -> contextlib.AbstractContextManager[Any]:
-        from pydiff.graph.watch import Watch
+        from pydiff.check.watch import Watch
 
         return Watch()
 

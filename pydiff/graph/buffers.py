@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pydiff.conditions import copy_into, map_tensors
 from pydiff.graph.request import Layout, Request
-from pydiff.ops import table
 from pydiff.ops.stage import StageTensors
-from pydiff.plan import Plan
-from pydiff.state import expand_operand
+from pydiff.plans import table
+from pydiff.plans.plan import Plan
+from pydiff.run.conditions import copy_into, map_tensors
+from pydiff.run.state import expand_operand
 
 _NUMPY: dict[torch.dtype, Any] = {
     torch.float32: np.float32,

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pydiff.conditions import structure
 from pydiff.graph.backend import Backend, CudaGraphs
 from pydiff.graph.guards import Guard, settings
 from pydiff.graph.program import Program, as_captured
 from pydiff.graph.request import Request
 from pydiff.graph.warm_up import Uncapturable, check_device, warm_up
-from pydiff.loop import raise_if_nonfinite
 from pydiff.ops.measured import Measured
+from pydiff.run.conditions import structure
+from pydiff.run.loop import raise_if_nonfinite
 
 MODES = ("auto", "loop", "stage", "device")
 MAX_REFUSED = 64

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pydiff import _native
+from pydiff.ops import native
 
 OLDEST_CUDA = 12040  # as CUDA counts: 12.4, the first with WHILE nodes
 
@@ -27,10 +27,10 @@ def can_use_device_loop(device: torch.device) -> tuple[bool, str]:
         return False, f"a device-driven loop is a CUDA graph, and there is none on {device.type} devices"
     if not torch.cuda.is_available():
         return False, "torch finds no CUDA device"
-    compiled, reason = _native.available("device_loop", device)
+    compiled, reason = native.available("device_loop", device)
     if not compiled:
         return False, reason
-    built, driver = _native._C.cuda_versions()
+    built, driver = native._C.cuda_versions()
     if built < OLDEST_CUDA:
         return False, f"pydiff was built with CUDA {_version(built)}: build it with 12.4 or later"
     if driver < OLDEST_CUDA:
@@ -66,7 +66,7 @@ class DeviceLoop:
     Raises:
         TypeError: `stage_graph` is no CUDA graph, or a tensor is not int32.
         ValueError: wrong shapes, several devices, memory that is not contiguous, a graph that was not kept.
-        pydiff._native.Unsupported: no such loop can run here, or not with this stage; the message says why.
+        pydiff.ops.native.Unsupported: no such loop can run here, or not with this stage; the message says why.
     """
 
     def __init__(self, stage_graph: Any, cursor: torch.Tensor, stop: torch.Tensor, remaining: torch.Tensor) -> None:
@@ -74,22 +74,22 @@ class DeviceLoop:
         device = cursor.device
         possible, reason = can_use_device_loop(device)
         if not possible:
-            raise _native.Unsupported(reason)
+            raise native.Unsupported(reason)
         self._index = device.index
         self._kept: Any = (stage_graph, cursor, stop, remaining)
-        stream = _native.current_stream(device.index)
+        stream = native.current_stream(device.index)
         addresses = cursor.data_ptr(), stop.data_ptr(), cursor.numel(), remaining.data_ptr()
         raw = _raw_graph(stage_graph)
         try:
-            self._graph: Any = _native._C.WhileGraph(raw, *addresses, device.index, stream)
+            self._graph: Any = native._C.WhileGraph(raw, *addresses, device.index, stream)
         except RuntimeError as error:
-            raise _native.Unsupported(f"the stage cannot be the body of a loop on the GPU: {error}") from None
+            raise native.Unsupported(f"the stage cannot be the body of a loop on the GPU: {error}") from None
 
     def replay(self) -> None:
         """Enqueue the loop on the device's current stream. Waits for nothing."""
         if self._graph is None:
             raise RuntimeError("the loop was released: make a new one")
-        self._graph.launch(_native.current_stream(self._index))
+        self._graph.launch(native.current_stream(self._index))
 
     def release(self) -> None:
         """Free the graph, and let go of the stage graph and the tensors. Again is allowed.

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pydiff.references import closure_values, global_values
+from pydiff.check.references import closure_values, global_values
 
 DEPTH = 4
 LONGEST = 1000

@@ -23,11 +23,11 @@ from pydiff.graph.backend import Backend, Graph
 from pydiff.graph.buffers import Buffers
 from pydiff.graph.guards import Guard
 from pydiff.graph.request import Request, round_up
-from pydiff.loop import StageInfo, caller, hoist_out
-from pydiff.ops import table
 from pydiff.ops.noise import INITIAL_DRAW, normal
 from pydiff.ops.stage import stage
-from pydiff.state import start
+from pydiff.plans import table
+from pydiff.run.loop import StageInfo, caller, hoist_out
+from pydiff.run.state import start
 
 if TYPE_CHECKING:
     from pydiff.optimize.hoisting import HoistedModel

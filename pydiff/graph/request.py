@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pydiff.loop import Callback, Model, callback_stages, model_arguments
-from pydiff.noise_source import Noise, NoiseSource, check_only_one, from_generator, source_of
-from pydiff.plan import Plan
-from pydiff.state import Seed, check_dtypes, check_operands, check_x, distinct_plans, seed_values
+from pydiff.plans.plan import Plan
+from pydiff.run.loop import Callback, Model, callback_stages, model_arguments
+from pydiff.run.noise_source import Noise, NoiseSource, check_only_one, from_generator, source_of
+from pydiff.run.state import Seed, check_dtypes, check_operands, check_x, distinct_plans, seed_values
 
 
 class Layout(NamedTuple):

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pydiff.check.problems import place_of_error
 from pydiff.graph.backend import Backend
 from pydiff.graph.guards import Guard
-from pydiff.graph.problems import place_of_error
 from pydiff.graph.program import Program
 from pydiff.graph.request import Request
 

@@ -2,7 +2,7 @@
 
 Eager code does not come this way: the dispatcher costs three times what a direct call does. An operation's function
 goes through its operator only while a compiler traces it (`torch.compiler.is_compiling()`) or when a tensor it is
-given has no memory of its own (`pydiff._native.is_plain`).
+given has no memory of its own (`pydiff.ops.native.is_plain`).
 """
 
 from __future__ import annotations

@@ -23,8 +23,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pydiff import _native
-from pydiff.ops import library
+from pydiff.ops import library, native
 
 INITIAL_DRAW = 0xFFFFFFFF
 """Draw number of the noise that sampling starts from; a plan's own draws count from 0."""
@@ -83,7 +82,7 @@ def normal_reference(seeds: torch.Tensor, draws: torch.Tensor, sample_shape: Seq
 
 def can_use_native(device: torch.device) -> tuple[bool, str]:
     """Whether compiled code draws the noise on `device`, and if not, why."""
-    return _native.available("noise", device)
+    return native.available("noise", device)
 
 
 def normal(
@@ -106,7 +105,7 @@ def normal(
         raise ValueError(f"draw must be in 0 .. 2**32 - 1, got {draw}")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    if torch.compiler.is_compiling() or not _native.is_plain(seeds):
+    if torch.compiler.is_compiling() or not native.is_plain(seeds):
         return _normal_op(seeds, draw, sample_shape).to(dtype)
     return _normal(seeds, draw, sample_shape).to(dtype)
 
@@ -114,10 +113,16 @@ def normal(
 def _normal(seeds: torch.Tensor, draw: int, sample_shape: Sequence[int]) -> torch.Tensor:
     fast, reason = can_use_native(seeds.device)
     if not fast:
-        _native.warn_once("noise", seeds.device, reason)
+        native.warn_once("noise", seeds.device, reason)
         return normal_reference(seeds, torch.full_like(seeds, draw), sample_shape)
     out = torch.empty((seeds.shape[0], *sample_shape), dtype=torch.float32, device=seeds.device)
-    _native.normal(out, seeds.contiguous(), draw)
+    seeds = seeds.contiguous()  # kept here: its address is what the compiled code gets
+    elements = out.numel() // out.shape[0] if out.shape[0] else 0
+    index = stream = -1
+    if out.device.type == "cuda":
+        index, stream = out.device.index, native.current_stream(out.device.index)
+    threads = torch.get_num_threads()
+    native._C.normal(out.data_ptr(), seeds.data_ptr(), draw, out.shape[0], elements, threads, index, max(stream, 0))
     return out
 
 

@@ -19,7 +19,7 @@ from typing import Any, Optional
 
 import torch
 
-from pydiff import _native
+from pydiff.ops import native
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Usable = tuple[bool, str]
@@ -35,11 +35,11 @@ def available(op: str, device: torch.device) -> Usable:
     """Whether Triton kernels run on `device`, and if not, why."""
     if device.type != "cuda":
         return False, f"Triton kernels run on CUDA devices, not on {device.type}"
-    if op in _native._disabled:
+    if op in native._disabled:
         return False, f"PYDIFF_DISABLE names {op}"
     if not has_triton():
         return False, "triton is not installed (pip install triton)"
-    if capability(device) < _native._OLDEST_CUDA:
+    if capability(device) < native._OLDEST_CUDA:
         return False, f"sm_{''.join(map(str, capability(device)))} is older than sm_80"
     return True, ""
 
@@ -54,7 +54,7 @@ def can_use(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> Usable:
     tensors = [x, *(t for t in others if t is not None)]
     if any(t.device != x.device for t in tensors):
         return False, f"tensors on several devices: {sorted({str(t.device) for t in tensors})}"
-    if not torch.compiler.is_compiling() and _native.is_plain(x) and not all(map(_native.is_plain, tensors)):
+    if not torch.compiler.is_compiling() and native.is_plain(x) and not all(map(native.is_plain, tensors)):
         return False, "one of the tensors is of a subclass, whose memory the kernel could not read"
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False, "gradients are required (call under torch.no_grad())"
@@ -66,7 +66,7 @@ def can_use(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> Usable:
 def refused(op: str, x: torch.Tensor, reason: str) -> None:
     """Warn, once for each operation, that the reference runs on a device where the kernel could."""
     if x.device.type == "cuda" and x.numel() and not torch.compiler.is_compiling():
-        _native.warn_once(op, x.device, reason)
+        native.warn_once(op, x.device, reason)
 
 
 @functools.cache
@@ -91,12 +91,12 @@ def multiprocessors(device: torch.device) -> int:
 
 def traced(x: torch.Tensor) -> bool:
     """Whether a call on `x` must go through an operator: a compiler is looking, or `x` has no memory of its own."""
-    return torch.compiler.is_compiling() or not _native.is_plain(x)
+    return torch.compiler.is_compiling() or not native.is_plain(x)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor, *args: Any, **meta: Any) -> None:
     """``kernel[grid](x, *args, **meta)`` on the device of x; where x is being traced, so that the tracer sees it."""
-    if not _native.is_plain(x):
+    if not native.is_plain(x):
         if os.environ.get("TRITON_INTERPRET") != "1":  # an interpreted kernel is no kernel that could be traced
             torch.library.wrap_triton(kernel)[grid](x, *args, **meta)
     elif x.device.type == "cuda" and x.device.index != torch.cuda.current_device():

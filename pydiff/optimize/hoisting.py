@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from pydiff.conditions import copy_into
 from pydiff.optimize.parts import unhooked
 from pydiff.optimize.swap import Fused, is_fused, not_ready
 
@@ -124,7 +124,10 @@ class HoistedModel:
     @torch.no_grad()
     def update(self) -> None:
         """Compute again, from what the given times and condition now hold, into the same memory."""
-        copy_into([self.table, self.cond], [self._computed_table(), self.model.hoist_condition(self._given)])
+        fresh = (self._computed_table(), self.model.hoist_condition(self._given))
+        for target, value in zip(pytree.tree_leaves((self.table, self.cond)), pytree.tree_leaves(fresh)):
+            if isinstance(target, Tensor) and target is not value:
+                target.copy_(value, non_blocking=True)
 
     def __call__(self, x: Tensor, stage: Tensor) -> Tensor:
         """The model's output for x [batch, ...] at stage indices [R] int32, batch being a multiple of R."""

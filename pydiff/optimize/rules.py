@@ -4,34 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from pydiff.optimize import (
-    bundled,
-    diffusers_attention,
-    diffusers_blocks,
-    diffusers_dit,
-    diffusers_flux,
-    diffusers_mmdit,
-    diffusers_transformers,
-    diffusers_unets,
-    edm,
-    guided_diffusion,
-    vae,
-)
+from pydiff.optimize import bundled, edm, guided_diffusion, vae
+from pydiff.optimize.diffusers import attention, blocks, dit, flux, mmdit, transformers, unets
 from pydiff.optimize.swap import Rule
 
-FAMILIES = (
-    diffusers_blocks,
-    diffusers_attention,
-    diffusers_unets,
-    diffusers_transformers,
-    diffusers_dit,
-    diffusers_mmdit,
-    diffusers_flux,
-    vae,
-    bundled,
-    guided_diffusion,
-    edm,
-)
+FAMILIES = (blocks, attention, unets, transformers, dit, mmdit, flux, vae, bundled, guided_diffusion, edm)
 
 
 _BY_NAME: dict[str, Rule] = {name: rule for family in FAMILIES for rule in family.RULES for name in rule.names}

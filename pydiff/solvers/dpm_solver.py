@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydiff.plan_builder import PlanBuilder
+from pydiff.plans.builder import PlanBuilder
 from pydiff.solvers.multistep import check_order_options, multistep
 from pydiff.solvers.registry import solver
 from pydiff.solvers.singlestep import blocks, singlestep_block

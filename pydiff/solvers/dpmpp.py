@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pydiff.plan_builder import PlanBuilder, Point
+from pydiff.plans.builder import PlanBuilder, Point
 from pydiff.solvers.exponential import phi, step_size
 from pydiff.solvers.multistep import check_order_options, derivatives, multistep, order_at
 from pydiff.solvers.registry import solver

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from pydiff.combination import Combination
-from pydiff.plan_builder import PlanBuilder, Point
+from pydiff.plans.builder import PlanBuilder, Point
+from pydiff.plans.combination import Combination
 from pydiff.solvers.registry import solver
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pydiff.plan_builder import PlanBuilder
+from pydiff.plans.builder import PlanBuilder
 from pydiff.solvers.registry import solver
 
 

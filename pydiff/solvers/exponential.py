@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 
-from pydiff.plan_builder import Point
+from pydiff.plans.builder import Point
 
 
 def phi(k: int, z: float) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from itertools import accumulate
 
-from pydiff.combination import Combination
-from pydiff.plan_builder import PlanBuilder, Point
+from pydiff.plans.builder import PlanBuilder, Point
+from pydiff.plans.combination import Combination
 from pydiff.solvers.exponential import Transfer, step_size
 from pydiff.solvers.multistep import leave_pure_noise
 

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from pydiff.combination import Combination
-from pydiff.plan_builder import PlanBuilder, Point
+from pydiff.plans.builder import PlanBuilder, Point
+from pydiff.plans.combination import Combination
 from pydiff.solvers.exponential import Transfer, phi, step_size
 from pydiff.solvers.multistep import leave_pure_noise, order_at
 from pydiff.solvers.registry import solver

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pydiff import _native
 from pydiff.graph.device_loop import DeviceLoop, can_use_device_loop
-from pydiff.ops import noise, table
+from pydiff.ops import native, noise
 from pydiff.ops.stage import StageTensors, stage
+from pydiff.plans import table
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -174,7 +174,7 @@ def test_a_stage_that_cannot_loop_is_refused_and_can_still_be_replayed() -> None
         event.record()
 
     graph = capture(recording)
-    with pytest.raises(_native.Unsupported, match="event record"):
+    with pytest.raises(native.Unsupported, match="event record"):
         DeviceLoop(graph, ints(0), ints(5), ints(5))
     graph.replay()
     assert counter.item() == 1

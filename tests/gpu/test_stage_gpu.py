@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pydiff import _native
-from pydiff.ops import noise, table
+from pydiff.ops import native, noise
 from pydiff.ops import stage as stage_module
 from pydiff.ops.stage import StageTensors, stage, stage_reference
+from pydiff.plans import table
 from tests.ops.stage_cases import LAYOUTS, OPTIONAL, Options, check, keep_strides, make_case, move
 
 pytestmark = pytest.mark.gpu
@@ -17,7 +17,7 @@ CUDA = "cuda:0"
 
 @pytest.fixture(autouse=True)
 def compiled():
-    assert _native.available("stage", torch.device(CUDA)) == (True, "")
+    assert native.available("stage", torch.device(CUDA)) == (True, "")
 
 
 def run(seed: int, options: Options) -> None:
@@ -86,7 +86,7 @@ def test_edges(options):
 def test_noise_has_the_bits_of_the_cpu(shape):
     seeds = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
     on_device = noise.normal(seeds.to(CUDA), noise.INITIAL_DRAW, shape).cpu()
-    if _native.available("noise", torch.device("cpu"))[0]:
+    if native.available("noise", torch.device("cpu"))[0]:
         assert torch.equal(on_device, noise.normal(seeds, noise.INITIAL_DRAW, shape))
     expected = noise.normal_reference(seeds, torch.full_like(seeds, noise.INITIAL_DRAW), shape)
     torch.testing.assert_close(on_device, expected, rtol=4 * 2.0**-23, atol=0)

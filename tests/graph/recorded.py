@@ -17,9 +17,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pydiff import _native
 from pydiff.graph import program
-from pydiff.ops import stage
+from pydiff.ops import native, stage
 
 
 class Recording(TorchDispatchMode):
@@ -127,7 +126,7 @@ class RecordedGraphs:
         recording = Recording()
         try:
             with pytest.MonkeyPatch.context() as patch:  # so that the mode sees pydiff's own operators
-                patch.setattr(_native, "is_plain", lambda tensor: False)
+                patch.setattr(native, "is_plain", lambda tensor: False)
                 patch.setattr(program, "stage", stage._through_operator)
                 with recording:
                     function()
@@ -139,7 +138,7 @@ class RecordedGraphs:
 
     def device_loop(self, graph: Any, *tensors: torch.Tensor) -> RecordedLoop:
         if not self.has_device_loop:
-            raise _native.Unsupported("the driver supports CUDA 12.2")
+            raise native.Unsupported("the driver supports CUDA 12.2")
         self.graphs.append(RecordedLoop(graph, *tensors))
         return self.graphs[-1]
 

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pydiff import _native
 from pydiff.graph.device_loop import DeviceLoop, can_use_device_loop
+from pydiff.ops import native
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "csrc" / "cuda" / "while_graph.cu"
@@ -46,8 +46,8 @@ def test_it_needs_a_cuda_device() -> None:
 )
 def test_it_needs_cuda_12_4_twice(monkeypatch, built, driver, reason) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_native, "available", lambda op, device: (True, ""))
-    monkeypatch.setattr(_native, "_C", SimpleNamespace(cuda_versions=lambda: (built, driver)))
+    monkeypatch.setattr(native, "available", lambda op, device: (True, ""))
+    monkeypatch.setattr(native, "_C", SimpleNamespace(cuda_versions=lambda: (built, driver)))
     possible, said = can_use_device_loop(CUDA)
     assert possible == (not reason) and reason in said
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)  # as before torch 2.8
@@ -56,7 +56,7 @@ def test_it_needs_cuda_12_4_twice(monkeypatch, built, driver, reason) -> None:
 
 def test_it_can_be_turned_off(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_native, "_disabled", frozenset(["device_loop"]))
+    monkeypatch.setattr(native, "_disabled", frozenset(["device_loop"]))
     assert can_use_device_loop(CUDA) == (False, "PYDIFF_DISABLE names device_loop")
 
 
@@ -70,7 +70,7 @@ def test_it_can_be_turned_off(monkeypatch) -> None:
         ({"remaining": ints(3, 3)}, ValueError, r"remaining must have shape \[1\]"),
         ({"stop": ints(3, 3).to("meta")}, ValueError, "stop must be on cpu, where cursor is, got meta"),
         ({"stop": ints(3, 3, 3, 3)[::2]}, ValueError, "stop must be contiguous"),
-        ({}, _native.Unsupported, "cpu"),
+        ({}, native.Unsupported, "cpu"),
     ],
 )
 def test_bad_arguments(changed, error, message) -> None:
@@ -82,7 +82,7 @@ def test_bad_arguments(changed, error, message) -> None:
 # ---------------------------------------------------------------------------- what it decides
 
 
-@pytest.mark.skipif(not hasattr(_native._C, "while_decision"), reason="needs compiled code of this version")
+@pytest.mark.skipif(not hasattr(native._C, "while_decision"), reason="needs compiled code of this version")
 @pytest.mark.parametrize("threads", [1, 32, 1024])
 @pytest.mark.parametrize(
     "left, remaining",
@@ -94,7 +94,7 @@ def test_stages_run_until_all_rows_end_or_none_may_be_run(threads, left, remaini
 
     def decide(done: int) -> bool:
         addresses = cursor.data_ptr(), stop.data_ptr(), len(left), may_run.data_ptr()
-        return _native._C.while_decision(*addresses, done, threads)
+        return native._C.while_decision(*addresses, done, threads)
 
     stages, go = 0, decide(0)
     while go:

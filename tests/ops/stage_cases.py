@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from pydiff.ops import table
 from pydiff.ops.noise import normal, normal_reference
 from pydiff.ops.stage import StageTensors
+from pydiff.plans import table
 
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.float32: 2.0**-149, torch.float64: 0.0, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pydiff.ops import attention as op
 from pydiff.ops.attention import attention, attention_kernel, attention_launches, attention_reference
+from pydiff.ops.attention.kernel import suits
 from tests.ops.interpreted import DEVICE, DTYPES, Operators, assert_close, make
 
 kernels = pytest.importorskip("pydiff.kernels.attention")
@@ -197,13 +198,13 @@ def test_bad_input_names_argument_value_and_remedy():
 
 def test_why_the_kernel_refuses():
     q, k, v = projections(2, 2, 5, 7, 40, torch.float32)
-    assert op._suits(q, k, v, None, None) == (True, "")
+    assert suits(q, k, v, None, None) == (True, "")
     wide = make(2, 2, 5, 41)[..., :40]
     refused = [
-        (op._suits(q, k, v, None, 0.0), "scale=0.0"),
-        (op._suits(wide, k, v, None, None), "q has strides"),
-        (op._suits(q, k, v.transpose(2, 3).contiguous().transpose(2, 3), None, None), "last dimension of v"),
-        (op._suits(q, k, v, (make(2, 14) < 0)[:, ::2], None), "mask"),
+        (suits(q, k, v, None, 0.0), "scale=0.0"),
+        (suits(wide, k, v, None, None), "q has strides"),
+        (suits(q, k, v.transpose(2, 3).contiguous().transpose(2, 3), None, None), "last dimension of v"),
+        (suits(q, k, v, (make(2, 14) < 0)[:, ::2], None), "mask"),
         (kernels.supports(20, 2), "multiple of 8"),
         (kernels.supports(264, 2), "neither 512"),
         (kernels.supports(512, 4), "float32"),

@@ -7,9 +7,9 @@ import threading
 import pytest
 import torch
 
-from pydiff.ops import attention_backends as backends
-from pydiff.ops.attention import attention, attention_reference, sequence_major, without_dead_rows
-from pydiff.ops.attention_backends import Backend, Call, Chooser, attention_choices, likely
+from pydiff.ops.attention import attention, attention_reference, backends
+from pydiff.ops.attention.backends import Backend, Call, Chooser, attention_choices, likely
+from pydiff.ops.attention.reference import sequence_major, without_dead_rows
 from pydiff.ops.measured import Measured
 
 NAMES = ("triton", "cudnn", "flash", "efficient", "math")

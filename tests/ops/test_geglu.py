@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pydiff import _native
 from pydiff.ops import geglu as op
-from pydiff.ops import triton_ops
+from pydiff.ops import native, triton_ops
 from pydiff.ops.geglu import (
     geglu,
     geglu_kernel,
@@ -206,7 +205,7 @@ def test_what_the_kernels_refuse(monkeypatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
             assert "autocast" in op.can_use_linear_geglu(x, fake(32, 16))[1]
-        monkeypatch.setattr(_native, "_disabled", frozenset({"geglu", "linear_geglu"}))
+        monkeypatch.setattr(native, "_disabled", frozenset({"geglu", "linear_geglu"}))
         assert "PYDIFF_DISABLE" in op.can_use_geglu(x)[1] and "PYDIFF_DISABLE" in op.can_use_linear_geglu(x, weight)[1]
     assert op.geglu_launches() == op.linear_geglu_launches() == 1
 

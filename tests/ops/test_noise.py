@@ -8,11 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydiff import _native
-from pydiff.ops import noise
+from pydiff.ops import native, noise
 
-native = pytest.mark.skipif(not _native.available("noise", torch.device("cpu"))[0], reason="no compiled code")
-ISAS = _native.build_info().get("isas", [])
+compiled_only = pytest.mark.skipif(not native.available("noise", torch.device("cpu"))[0], reason="no compiled code")
+ISAS = native.build_info().get("isas", [])
 
 # Random123's kat_vectors for philox4x32, 10 rounds: counter, key, result.
 VECTORS = [
@@ -38,35 +37,35 @@ def ulps(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
 
 @pytest.fixture
 def each_isa():
-    chosen = _native.build_info()["isa"]
-    yield _native._C.select_isa
-    _native._C.select_isa(chosen)
+    chosen = native.build_info()["isa"]
+    yield native._C.select_isa
+    native._C.select_isa(chosen)
 
 
 @pytest.mark.parametrize("counter, key, result", VECTORS)
 def test_published_vectors(counter, key, result):
     tensors = [torch.tensor([w]) for w in words(counter)]
     assert [int(w) for w in noise.philox_reference(tensors, [torch.tensor([w]) for w in words(key)])] == words(result)
-    if _native._C is not None:
-        assert _native._C.philox(words(counter), words(key)) == words(result)
+    if native._C is not None:
+        assert native._C.philox(words(counter), words(key)) == words(result)
 
 
-@native
+@compiled_only
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=6, max_size=6))
 def test_words_equal_the_reference(values):
     counter, key = values[:4], values[4:]
     expected = noise.philox_reference([torch.tensor([w]) for w in counter], [torch.tensor([w]) for w in key])
-    assert _native._C.philox(counter, key) == [int(w) for w in expected]
+    assert native._C.philox(counter, key) == [int(w) for w in expected]
 
 
 def native_box_muller(r0: np.ndarray, r1: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     cosine, sine = torch.zeros(len(r0)), torch.zeros(len(r0))
-    _native._C.box_muller(r0.ctypes.data, r1.ctypes.data, cosine.data_ptr(), sine.data_ptr(), len(r0))
+    native._C.box_muller(r0.ctypes.data, r1.ctypes.data, cosine.data_ptr(), sine.data_ptr(), len(r0))
     return cosine, sine
 
 
-@native
+@compiled_only
 def test_normals_within_four_ulp_of_the_reference_over_sweeps_and_corners():
     edge = np.array([0, 1, 2, 3, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 2, 2**32 - 1], dtype=np.uint32)
     around = (np.arange(1, 8, dtype=np.int64)[:, None] * 2**29 + np.arange(-300, 300)).astype(np.uint32).ravel()
@@ -93,7 +92,7 @@ def test_normals_within_four_ulp_of_the_reference_over_sweeps_and_corners():
     assert worst <= 4
 
 
-@native
+@compiled_only
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (4,), (5, 7), (2, 3, 1021), (1, 4096), (0,), (1031, 5)])
 def test_every_instruction_set_gives_the_same_bits(shape, each_isa):
     seeds = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
@@ -107,18 +106,18 @@ def test_every_instruction_set_gives_the_same_bits(shape, each_isa):
         assert ulps(results[0], expected).max() <= 4
 
 
-@native
+@compiled_only
 def test_the_scalar_code_gives_the_bits_of_the_loops():
     seed, draw, blocks = 0xFEDCBA9876543210, 7, 300
     key = [seed & 0xFFFFFFFF, seed >> 32]
-    r = np.array([_native._C.philox([k, 0, draw, 0], key) for k in range(blocks)], np.uint32).T.copy()
+    r = np.array([native._C.philox([k, 0, draw, 0], key) for k in range(blocks)], np.uint32).T.copy()
     pairs = [native_box_muller(r[2 * k], r[2 * k + 1]) for k in (0, 1)]
     four = torch.stack((*pairs[0], *pairs[1]), dim=1).flatten()
     got = noise.normal(torch.tensor([seed - 2**64]), draw, (4 * blocks,))
     assert torch.equal(got[0], four)
 
 
-@native
+@compiled_only
 def test_thread_count_and_batch_do_not_matter():
     seeds = torch.arange(-3, 37)
     results = []
@@ -132,7 +131,7 @@ def test_thread_count_and_batch_do_not_matter():
     assert torch.equal(noise.normal(seeds[::2], 2, (3, 1111)), results[0][::2])
 
 
-@native
+@compiled_only
 def test_moments_and_distribution_over_ten_million_draws():
     stats = pytest.importorskip("scipy.stats")
     z = noise.normal(torch.arange(40), 0, (250_000,)).double().flatten()
@@ -164,8 +163,8 @@ def test_float64_holds_the_float32_values():
 
 def test_the_reference_runs_where_compiled_code_is_turned_off(monkeypatch):
     seeds = torch.tensor([5, 6])
-    monkeypatch.setattr(_native, "_disabled", frozenset({"noise"}))
-    monkeypatch.setattr(_native, "_warned", set())
+    monkeypatch.setattr(native, "_disabled", frozenset({"noise"}))
+    monkeypatch.setattr(native, "_warned", set())
     with pytest.warns(UserWarning, match="PYDIFF_DISABLE names noise"):
         z = noise.normal(seeds, 9, (2, 5))
     assert torch.equal(z, noise.normal_reference(seeds, torch.tensor([9, 9]), (2, 5)))

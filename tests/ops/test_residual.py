@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pydiff import _native
+from pydiff.ops import native
 from pydiff.ops import residual as op
 from pydiff.ops.residual import residual_add, residual_add_kernel, residual_add_reference
 from tests.ops.interpreted import DTYPES, Operators, compare, make
@@ -149,6 +149,6 @@ def test_what_the_kernel_refuses(monkeypatch):
         x = torch.empty(1, 2, 8, device="cuda")
         assert op.can_use_residual_add(x, x, None) == (True, "")
         assert "gradients" in op.can_use_residual_add(x, torch.empty(1, 2, 8, device="cuda", requires_grad=True))[1]
-        monkeypatch.setattr(_native, "_disabled", frozenset({"residual_add"}))
+        monkeypatch.setattr(native, "_disabled", frozenset({"residual_add"}))
         assert "PYDIFF_DISABLE" in op.can_use_residual_add(x)[1]
     assert "CUDA" in op.can_use_residual_add(make(1, 2, 8))[1]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pydiff import _native
+from pydiff.ops import native
 from pydiff.ops import rms_norm as op
 from pydiff.ops.rms_norm import (
     qk_norm_rotary,
@@ -199,7 +199,7 @@ def test_what_the_kernels_refuse(monkeypatch):
         assert "1024" in op.can_use_qk_norm_rotary(long, long)[1]
         assert "keys are empty" in op.can_use_qk_norm_rotary(q, torch.empty(1, 2, 0, 8, device="cuda"))[1]
         assert "16384" in op.can_use_rms_norm(torch.empty(1, 16385, device="cuda"))[1]
-        monkeypatch.setattr(_native, "_disabled", frozenset({"rms_norm", "qk_norm_rotary"}))
+        monkeypatch.setattr(native, "_disabled", frozenset({"rms_norm", "qk_norm_rotary"}))
         assert "PYDIFF_DISABLE" in op.can_use_rms_norm(q)[1] and "PYDIFF_DISABLE" in op.can_use_qk_norm_rotary(q, q)[1]
     assert "CUDA" in op.can_use_rms_norm(make(1, 8))[1]
 

@@ -13,15 +13,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pydiff import _native
+from pydiff.ops import native
 from pydiff.ops import stage as stage_module
-from pydiff.ops import table
 from pydiff.ops.stage import StageTensors, stage, stage_reference
+from pydiff.plans import table
 from tests.ops.stage_cases import LAYOUTS, OPTIONAL, Options, check, lay_out, make_case, move
 
-HAVE_NATIVE, _ = _native.available("stage", torch.device("cpu"))
-native = pytest.mark.skipif(not HAVE_NATIVE, reason="no compiled code")
-ISAS = _native.build_info().get("isas", [])
+HAVE_NATIVE, _ = native.available("stage", torch.device("cpu"))
+compiled_only = pytest.mark.skipif(not HAVE_NATIVE, reason="no compiled code")
+ISAS = native.build_info().get("isas", [])
 BACKENDS = ["reference", *ISAS]
 
 
@@ -30,10 +30,10 @@ def backend(request):
     if request.param == "reference":
         yield stage_reference
         return
-    chosen = _native.build_info()["isa"]
-    _native._C.select_isa(request.param)
+    chosen = native.build_info()["isa"]
+    native._C.select_isa(request.param)
     yield stage
-    _native._C.select_isa(chosen)
+    native._C.select_isa(chosen)
 
 
 def run(function, seed, options, **kwargs):
@@ -58,9 +58,9 @@ def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def test_the_layout_is_the_one_in_csrc():
-    if _native._C is None:
+    if native._C is None:
         pytest.skip("no compiled code")
-    for name, value in _native._C.layout().items():
+    for name, value in native._C.layout().items():
         assert getattr(table, name) == value, name
 
 
@@ -141,10 +141,10 @@ def test_several_stages_in_a_row(backend):
     assert t.cursor.tolist() == [7, 0, 3, 1, 6, 7]
 
 
-@native
+@compiled_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_all_instruction_sets_and_thread_counts_give_the_same_bits(dtype):
-    chosen, results = _native.build_info()["isa"], []
+    chosen, results = native.build_info()["isa"], []
     case, m = make_case(
         11,
         Options(
@@ -163,11 +163,11 @@ def test_all_instruction_sets_and_thread_counts_give_the_same_bits(dtype):
         for isa in ISAS:
             for threads in (1, 2, 3, 7):
                 torch.set_num_threads(threads)
-                _native._C.select_isa(isa)
+                native._C.select_isa(isa)
                 results.append(move(case, "cpu"))
                 stage(results[-1], m)
     finally:
-        _native._C.select_isa(chosen)
+        native._C.select_isa(chosen)
     for t in results[1:]:
         assert all(same_bits(bits(t, b), bits(results[0], b)) for b in range(3))
 
@@ -213,7 +213,7 @@ def compositions(function, count, corrupt=None):
     return same
 
 
-@native
+@compiled_only
 def test_rows_are_independent_of_ten_thousand_random_batches():
     assert compositions(stage, 10_000)
 
@@ -274,7 +274,7 @@ def test_clip_lets_nan_pass_and_bounds_everything_else(backend):
     assert t.registers[0, 0, 1:].tolist() == [2.0, -1.0, 0.5]
 
 
-@native
+@compiled_only
 def test_half_precision_conversions_are_exactly_torchs():
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     c = torch.zeros(3, table.COEFFICIENT_COLUMNS)
@@ -287,7 +287,7 @@ def test_half_precision_conversions_are_exactly_torchs():
         middle = (middle + step) / 2
         beside = [middle.nextafter(torch.tensor(side)) for side in (-torch.inf, torch.inf)]
         for isa in ISAS:
-            _native._C.select_isa(isa)
+            native._C.select_isa(isa)
             for m in (halves, middle, *beside):
                 t = StageTensors(
                     torch.zeros(1, 1, 2**16),
@@ -302,7 +302,7 @@ def test_half_precision_conversions_are_exactly_torchs():
                 stage(t, m[None])
                 torch.testing.assert_close(t.registers[0, 0], m.float(), rtol=0, atol=0, equal_nan=True)
                 torch.testing.assert_close(t.model_input[0], m.float().to(dtype), rtol=0, atol=0, equal_nan=True)
-        _native._C.select_isa(ISAS[0])
+        native._C.select_isa(ISAS[0])
 
 
 @pytest.mark.parametrize("column", [0, table.D, table.OUTPUT + 1, table.GUIDANCE, table.CLIP + 1, table.INPUT_SCALE])
@@ -337,7 +337,7 @@ def test_a_model_that_returns_its_own_input_or_a_register(backend):
         check(before, m_before, t, reference_noise=backend is stage_reference)
 
 
-@native
+@compiled_only
 class TestBinding:
     """What the fast path keeps between stages, and when it lets go."""
 
@@ -420,7 +420,7 @@ class TestBinding:
             assert torch.equal(held, t.registers)
 
     def test_more_dimensions_than_the_loops_take(self, monkeypatch):
-        monkeypatch.setattr(_native, "_warned", set())
+        monkeypatch.setattr(native, "_warned", set())
         t, m = self.case(sample=(2,) * 8)
         m = torch.zeros(4, *(3,) * 8)[(slice(None), *(slice(0, 3, 2),) * 8)].copy_(m)
         with pytest.warns(UserWarning, match="too many dimensions"):
@@ -432,8 +432,8 @@ class Labelled(torch.Tensor):
 
 
 def test_the_reference_runs_where_compiled_code_is_turned_off(monkeypatch):
-    monkeypatch.setattr(_native, "_disabled", frozenset({"stage"}))
-    monkeypatch.setattr(_native, "_warned", set())
+    monkeypatch.setattr(native, "_disabled", frozenset({"stage"}))
+    monkeypatch.setattr(native, "_warned", set())
     with pytest.warns(UserWarning, match="PYDIFF_DISABLE names stage"):
         run(stage, 1, Options())
 
@@ -471,7 +471,7 @@ def test_bad_input_is_named_and_nothing_changes(change, error, message):
     assert torch.equal(held[0], t.registers) and torch.equal(held[1], t.cursor)
 
 
-@native
+@compiled_only
 @pytest.mark.parametrize(
     "break_it",
     [

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import pydiff
+from pydiff.check.launches import Launches, count_launches, fake_cuda
 from pydiff.optimize.hoisting import HoistedModel
-from pydiff.optimize.launches import Launches, count_launches, fake_cuda
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pydiff
 from pydiff.models import UNet
-from pydiff.optimize.diffusers_transformers import linear_gelu
+from pydiff.optimize.diffusers.transformers import linear_gelu
 from pydiff.optimize.hoisting import CannotHoist, Hoistable, HoistedModel
 from tests.optimize import checks
 from tests.optimize.models_guided_diffusion import ResBlock

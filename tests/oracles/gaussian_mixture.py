@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from scipy.integrate import solve_ivp
 
-from pydiff.noise_schedule import NoiseSchedule
-from pydiff.prediction import Prediction, get_prediction
+from pydiff.schedules.base import NoiseSchedule
+from pydiff.schedules.prediction import Prediction, get_prediction
 
 
 @dataclass(frozen=True)

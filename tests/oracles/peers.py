@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import pydiff
-from pydiff.noise_schedule import NoiseSchedule
+from pydiff.schedules.base import NoiseSchedule
 
 Model = Callable[[str, torch.Tensor, float, float], torch.Tensor]
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import pydiff
-from pydiff.ops import table
+from pydiff.plans import table
 
 Model = Callable[..., torch.Tensor]
 

@@ -1,0 +1,82 @@
+"""The compiled module `pydiff._C`: whether it is there, why not, and what every call into it needs.
+
+Importing this never fails. Environment: ``PYDIFF_NATIVE=0`` leaves the compiled module alone, ``PYDIFF_DISABLE=a,b``
+turns single operations off, ``PYDIFF_CPU_ISA=baseline|avx2|avx512`` picks the CPU loops (the best by default).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_C: Any = None
+_missing = ""
+_disabled = frozenset(name.strip() for name in os.environ.get("PYDIFF_DISABLE", "").split(",") if name.strip())
+_warned: set[tuple[str, str]] = set()
+
+if os.environ.get("PYDIFF_NATIVE", "1") == "0":
+    _missing = "PYDIFF_NATIVE=0 turns compiled code off"
+else:
+    try:
+        import pydiff._C as _C  # type: ignore[no-redef,import-not-found]
+    except ImportError as error:
+        _missing = f"pydiff._C cannot be imported ({error}); install pydiff where a C++ compiler is, to build it"
+
+_HAS_CUDA = _C is not None and _C.build_info()["cuda"]
+_OLDEST_CUDA = (8, 0)
+
+
+class Unsupported(Exception):
+    """The compiled code cannot work on these tensors; the message says why."""
+
+
+def available(op: str, device: torch.device) -> tuple[bool, str]:
+    """Whether compiled code runs `op` on `device`, and if not, why."""
+    if op in _disabled:
+        return False, f"PYDIFF_DISABLE names {op}"
+    if _C is None:
+        return False, _missing
+    if device.type == "cpu":
+        return True, ""
+    if device.type != "cuda":
+        return False, f"there is no compiled code for {device.type} devices"
+    if not _HAS_CUDA:
+        return False, "pydiff was built without CUDA: install it where nvcc is, with PYDIFF_CUDA=1 to see why it fails"
+    if torch.version.hip:
+        return False, "the compiled kernels are for CUDA, and this torch is built for ROCm"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST_CUDA:
+        return False, f"the kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    return True, ""
+
+
+def warn_once(op: str, device: torch.device, reason: str) -> None:
+    """Say, once for each operation and kind of device, that the PyTorch reference runs instead, and why."""
+    key = (op, device.type)
+    if device.type == "meta" or key in _warned:
+        return
+    _warned.add(key)
+    warnings.warn(f"pydiff.{op} runs in plain PyTorch on {device.type}, slower than it could: {reason}", stacklevel=4)
+
+
+def build_info() -> dict[str, Any]:
+    """Compiler, CUDA architectures, instruction set and threads of the compiled module, or why there is none."""
+    return {"missing": _missing} if _C is None else dict(_C.build_info())
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has memory that a pointer may name: no fake or meta tensor, no wrapper."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+
+
+# What torch's own compiled code asks: no Stream object is made.
+_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def current_stream(device_index: int) -> int:
+    """Handle of the stream that torch launches on."""
+    return _raw_stream(device_index) if _raw_stream else torch.cuda.current_stream(device_index).cuda_stream

@@ -1,0 +1,115 @@
+"""The specification of the stage operation, in plain torch; the contract is `pydiff.ops.stage`'s."""
+
+from __future__ import annotations
+
+import torch
+
+from pydiff.ops.noise import normal_reference
+from pydiff.ops.stage.tensors import StageTensors
+from pydiff.plans import table
+
+
+def _per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[B] to [B, 1, ..., 1] so that it broadcasts over a batch of samples."""
+    return values.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def _term(weight: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
+    return torch.where(weight == 0, 0.0, weight * operand)
+
+
+def _draw(t: StageTensors, number: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """Standard normals [B, *sample] of each row's own draw number (anything where the row does not use it)."""
+    if number.device.type == "cpu" and not used.any():  # on a GPU asking would wait for it
+        return torch.zeros((), dtype=t.registers.dtype).expand(t.registers.shape[1:])
+    number = torch.where(used, number, 0).long()
+    if t.noise is not None and len(t.noise):
+        return t.noise[number, torch.arange(t.rows, device=number.device)]
+    return normal_reference(t.seeds, number, t.sample_shape).to(t.registers.dtype)
+
+
+def _uses_model_output(c: torch.Tensor, index: torch.Tensor, slots: int) -> torch.Tensor:
+    """Rows where m has a weight in an output that goes somewhere, or in a d that has one. [B] bool."""
+    weights = c[:, : 3 * table.NUM_OPERANDS].reshape(-1, 3, table.NUM_OPERANDS)
+    slot = index[:, table.WRITE_A : table.WRITE_B + 1]
+    written = torch.cat((torch.ones_like(slot[:, :1], dtype=torch.bool), (slot >= 0) & (slot < slots)), dim=1)
+    written[:, 1] &= slot[:, 0] != slot[:, 1]
+    direct = (written & (weights[:, :, table.M] != 0)).any(1)
+    through_d = (written & (weights[:, :, table.D] != 0)).any(1) & (c[:, table.OUTPUT + 1] != 0)
+    return direct | through_d
+
+
+@torch.no_grad()
+def stage_reference(t: StageTensors, m: torch.Tensor) -> None:
+    """The specification of the stage operation, in plain torch: no host synchronisation, any device.
+
+    Args:
+        t: the tensors, see `StageTensors`; updated in place.
+        m: model output [copies * B, *sample], any strides, in one of `MODEL_DTYPES`.
+    """
+    if t.rows == 0:
+        return
+    dtype, slots = t.registers.dtype, t.registers.shape[0] - 1
+    active = t.cursor < t.stop
+    row = torch.where(active, t.cursor, 0).long()
+    c, index = t.coefficients[row], t.indices[row]
+    x = t.registers[0]
+
+    def column(k: int) -> torch.Tensor:
+        return _per_row(c[:, k], x)
+
+    m = m.to(dtype)
+    if t.copies == 2:
+        scale, (uncond, cond) = column(table.GUIDANCE), m.chunk(2)
+        m = torch.where(scale == 1, cond, torch.where(scale == 0, uncond, uncond + scale * (cond - uncond)))
+    d = _term(column(table.OUTPUT), x) + _term(column(table.OUTPUT + 1), m)
+    d = torch.minimum(torch.maximum(d, column(table.CLIP)), column(table.CLIP + 1))
+
+    known = c[:, table.KNOWN : table.KNOWN + 3]
+    weights = c[:, : 3 * table.NUM_OPERANDS].reshape(-1, 3, table.NUM_OPERANDS)
+    draws = []
+    for k in range(2):
+        used = (weights[:, :, table.Z0 + k] != 0).any(1)
+        if t.mask is not None:
+            used = used | (known[:, 1 + k] != 0)
+        draws.append(_draw(t, index[:, table.DRAW0 + k], used))
+    empty = [None] * (table.NUM_SLOTS - slots)
+    operands = [x, *t.registers[1:], *empty, d, m, t.constant, t.extra, *draws]
+
+    def combine(w: torch.Tensor, values: list) -> torch.Tensor:
+        total = torch.zeros_like(x)
+        for k, value in enumerate(values):
+            if value is not None:
+                total = total + _term(_per_row(w[:, k], x), value)
+        return total
+
+    new = [combine(weights[:, k], operands) for k in range(3)]
+    if t.mask is not None:
+        kept = combine(known, [t.known, *draws])
+        new[0] = t.mask * kept + (1 - t.mask) * new[0]
+    alive = _per_row(active, x)
+    if t.nonfinite is not None:
+        finite = torch.isfinite(m).reshape(t.rows, *t.sample_shape, 1).flatten(1).all(1)
+        bad = active & _uses_model_output(c, index, slots) & (t.nonfinite < 0) & ~finite
+        t.nonfinite.copy_(torch.where(bad, t.cursor, t.nonfinite))
+    t.registers[0] = torch.where(alive, new[0], x)
+    for slot in range(slots):
+        for k in (1, 2):
+            here = alive & _per_row(index[:, table.WRITE_A + k - 1] == slot, x)
+            t.registers[1 + slot] = torch.where(here, new[k], t.registers[1 + slot])
+    t.cursor.add_(active.to(t.cursor.dtype))
+    write_model_input_reference(t)
+
+
+def write_model_input_reference(t: StageTensors) -> None:
+    """Write what the model is called with next, for the rows that are not finished."""
+    active = t.cursor < t.stop
+    c = t.coefficients[torch.where(active, t.cursor, 0).long()]
+    x = t.registers[0]
+    if t.model_input is not None:
+        scaled = (_per_row(c[:, table.INPUT_SCALE], x) * x).to(t.model_input.dtype)
+        for target in t.model_input.chunk(t.copies):
+            target.copy_(torch.where(_per_row(active, x), scaled, target))
+    if t.model_time is not None:
+        for target in t.model_time.chunk(t.copies):
+            target.copy_(torch.where(active, c[:, table.TIME], target))

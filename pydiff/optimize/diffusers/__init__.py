@@ -1,0 +1,1 @@
+"""What `optimize` knows of diffusers' models, one file a family."""

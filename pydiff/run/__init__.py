@@ -1,0 +1,1 @@
+"""The eager loop and what it needs: the state of a run, noise sources, conditions."""

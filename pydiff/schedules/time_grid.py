@@ -1,0 +1,166 @@
+"""Where the stages of a sampler sit: strictly decreasing float64 times from the noisiest to where sampling
+ends.
+
+A grid with n steps has n + 1 times. It ends in one of two ways, as `final_sigmas_type` says:
+
+    "zero"         n nodes from t_start to t_end, then the schedule's clean time (sigma = 0 exactly)
+    "sigma_min"    n + 1 nodes from t_start to t_end, which is left noisy
+
+The spacings themselves are the small functions of `grid_nodes.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pydiff.schedules.base import Array, NoiseSchedule
+from pydiff.schedules.closed_form import RectifiedFlow
+from pydiff.schedules.grid_nodes import Grid, check_indices, list_grids, lookup_grid, t_of_ratio
+
+__all__ = ["FINAL_SIGMAS_TYPES", "check_times", "list_grids", "make_times"]
+
+FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
+
+
+def make_times(
+    schedule: NoiseSchedule,
+    steps: int,
+    grid: str | None = None,
+    *,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    final_sigmas_type: str | None = None,
+    rho: float = 7.0,
+    **options: Any,
+) -> Array:
+    """Times of a sampler with that many steps: float64 [steps + 1], strictly decreasing.
+
+    grid: a name of `list_grids`; like t_start, t_end and final_sigmas_type it defaults to the schedule's own.
+    rho: exponent of the karras grid. options: further arguments of one grid; see its function.
+    The uniform grid of a rectified flow reaches the clean time by itself: with "zero" and no explicit t_end
+    it is steps + 1 evenly spaced nodes. Raises ValueError for unknown names and options, steps < 1, times out
+    of range, and for grids whose nodes coincide (more steps than indices).
+    """
+    name = schedule.default_grid if grid is None else grid
+    entry = lookup_grid(name)
+    n = _check_steps(steps)
+    ending = _check_ending(schedule.final_sigmas_type if final_sigmas_type is None else final_sigmas_type)
+    start = schedule.t_start if t_start is None else float(t_start)
+    if name == "uniform" and isinstance(schedule, RectifiedFlow) and ending == "zero" and t_end is None:
+        ending, t_end = "sigma_min", schedule.clean_time  # n + 1 nodes, of which the last is clean
+    end = schedule.t_end if t_end is None else float(t_end)
+    _check_ends(schedule, start, end)
+    _check_options(name, entry, options)
+    if "rho" in entry.options:
+        options["rho"] = rho
+    if entry.index_only:
+        check_indices(schedule, name, n)
+        nodes = _index_nodes(name, entry, schedule, n, start, end, ending, options)
+    else:
+        if "clean_follows" in entry.options:
+            options["clean_follows"] = ending == "zero"
+        nodes = entry.nodes(schedule, n if ending == "zero" else n + 1, start, end, **options)
+    times = np.append(nodes, schedule.clean_time) if ending == "zero" else nodes
+    return _check_grid(schedule, times, name, n)
+
+
+def check_times(
+    schedule: NoiseSchedule,
+    times: Sequence[float] | Array | None = None,
+    *,
+    sigmas: Sequence[float] | Array | None = None,
+) -> Array:
+    """Times given by the user, as float64: at least two, finite, strictly decreasing, inside the schedule's
+    range.
+
+    sigmas: the alternative to times, noise-to-signal ratios sigma/alpha (a last 0 is the clean time). For VE
+    and EDM that is the time itself. ValueError names the index and the values that break a rule.
+    """
+    if (times is None) == (sigmas is None):
+        raise ValueError("check_times: give exactly one of times and sigmas")
+    name = "times" if sigmas is None else "sigmas"
+    values = np.array(times if sigmas is None else sigmas, dtype=np.float64)
+    if values.ndim != 1 or values.size < 2:
+        raise ValueError(f"{name} of shape {values.shape} is not accepted; give a vector of steps + 1 >= 2 values")
+    low, high = (schedule.clean_time, schedule.t_max) if sigmas is None else (0.0, math.inf)
+    bad = ~(np.isfinite(values) & (values >= low) & (values <= high))
+    if bad.any():
+        i = int(bad.argmax())
+        raise ValueError(f"{name}[{i}] = {values[i]:g} is not accepted; give finite values in [{low:g}, {high:g}]")
+    rising = ~(np.diff(values) < 0.0)
+    if rising.any():
+        i = int(rising.argmax())
+        raise ValueError(
+            f"{name}[{i}] = {values[i]!r} and {name}[{i + 1}] = {values[i + 1]!r} do not decrease; "
+            "give strictly decreasing values, the noisiest first"
+        )
+    return values if sigmas is None else t_of_ratio(schedule, values)
+
+
+def _check_steps(steps: int) -> int:
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+        raise ValueError(f"steps = {steps!r} is not accepted; give an integer >= 1")
+    return int(steps)
+
+
+def _check_ending(ending: str) -> str:
+    if ending not in FINAL_SIGMAS_TYPES:
+        raise ValueError(f"final_sigmas_type = {ending!r} is unknown; give 'zero' or 'sigma_min'")
+    return ending
+
+
+def _check_ends(schedule: NoiseSchedule, start: float, end: float) -> None:
+    for name, value in (("t_start", start), ("t_end", end)):
+        if not (math.isfinite(value) and schedule.clean_time <= value <= schedule.t_max):
+            limits = f"[{schedule.clean_time:g}, {schedule.t_max:g}]"
+            raise ValueError(f"{name} = {value!r} is not accepted by {schedule!r}; give a time in {limits}")
+    if start <= end:
+        raise ValueError(f"t_start = {start:g} must be above t_end = {end:g}: sampling runs from noisy to clean")
+
+
+def _check_options(name: str, entry: Grid, options: dict[str, Any]) -> None:
+    public = entry.options - {"clean_follows"}
+    unknown = sorted(set(options) - public)
+    if unknown:
+        known = ", ".join(sorted(public)) or "no options"
+        raise ValueError(f"grid {name!r}: option {unknown[0]!r} is unknown; it takes {known}")
+
+
+def _check_grid(schedule: NoiseSchedule, times: Array, name: str, n: int) -> Array:
+    if not np.all(np.diff(times) < 0.0):
+        i = int(np.argmin(np.diff(times) < 0.0))
+        raise ValueError(
+            f"grid {name!r} with steps = {n}: nodes {i} and {i + 1} are {times[i]:g} and {times[i + 1]:g} "
+            "and do not decrease; use fewer steps, another grid, or another final_sigmas_type"
+        )
+    if times[0] > schedule.t_max or times[-1] < schedule.clean_time:
+        raise ValueError(
+            f"grid {name!r} with steps = {n} runs from {times[0]:g} to {times[-1]:g}, outside "
+            f"[{schedule.clean_time:g}, {schedule.t_max:g}]; use fewer steps or a smaller steps_offset"
+        )
+    return times
+
+
+def _index_nodes(
+    name: str,
+    entry: Grid,
+    schedule: NoiseSchedule,
+    n: int,
+    start: float,
+    end: float,
+    ending: str,
+    options: dict[str, Any],
+) -> Array:
+    """`n` indices; with "sigma_min" t_end follows them, and linspace stops short of it to leave that last
+    step.
+    """
+    if not (start.is_integer() and end.is_integer()):
+        raise ValueError(f"grid {name!r}: t_start = {start:g} and t_end = {end:g} must be whole indices")
+    if ending == "sigma_min" and "drop_last" in entry.options:
+        options.setdefault("drop_last", name == "linspace")
+    nodes = entry.nodes(schedule, n, start, end, **options)
+    return np.append(nodes, end) if ending == "sigma_min" else nodes

@@ -1,0 +1,322 @@
+"""Time grids: their defining spacing, their ends, and the numbers of diffusers and k-diffusion."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pydiff.schedules.closed_form import EDM, VE, DiscreteBetas, RectifiedFlow, VPCosine, VPLinear
+from pydiff.schedules.from_callable import FromLogSNR
+from pydiff.schedules.from_config import from_diffusers_config
+from pydiff.schedules.prediction import EDMPrecond
+from pydiff.schedules.time_grid import check_times, list_grids, make_times
+
+DISCRETE = DiscreteBetas.named("scaled_linear", 1000, 0.00085, 0.012)
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULES = [
+    VPLinear(),
+    VPCosine(),
+    DISCRETE,
+    VE(),
+    EDM(),
+    RectifiedFlow(),
+    RectifiedFlow(3.0),
+    FromLogSNR(VPLinear().log_snr),
+]
+INDEX_GRIDS = ["linspace", "leading", "trailing"]
+RATIO_GRIDS = ["logsnr", "karras", "exponential"]
+
+
+def read_config(scheduler, **options):
+    """The config as it is saved, which unlike the one in memory holds the class name."""
+    return from_diffusers_config({**scheduler.config, "_class_name": type(scheduler).__name__}, **options)
+
+
+def ratio(schedule, times):
+    return np.exp(-schedule.log_snr(times))
+
+
+@given(
+    schedule=st.sampled_from(SCHEDULES),
+    grid=st.sampled_from(list_grids()),
+    steps=st.integers(1, 60),
+    final=st.sampled_from(["zero", "sigma_min"]),
+)
+@settings(max_examples=200, deadline=None)
+def test_every_grid_is_valid_or_refused_with_a_reason(schedule, grid, steps, final) -> None:
+    start = 0.999 if isinstance(schedule, RectifiedFlow) and grid in RATIO_GRIDS else None
+    if grid in INDEX_GRIDS and schedule is not DISCRETE:
+        with pytest.raises(ValueError, match="needs a DiscreteBetas schedule"):
+            make_times(schedule, steps, grid, final_sigmas_type=final)
+        return
+    if grid == "leading" and final == "sigma_min":
+        with pytest.raises(ValueError, match="do not decrease"):
+            make_times(schedule, steps, grid, final_sigmas_type=final)
+        return
+    times = make_times(schedule, steps, grid, final_sigmas_type=final, t_start=start)
+    assert times.shape == (steps + 1,) and times.dtype == np.float64
+    np.testing.assert_array_equal(check_times(schedule, times), times)
+    assert times[-1] == (schedule.clean_time if final == "zero" else schedule.t_end)
+    if grid != "leading":
+        assert times[0] == (schedule.t_start if start is None else start)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_defaults_come_from_the_schedule(schedule) -> None:
+    times = make_times(schedule, 8)
+    explicit = make_times(schedule, 8, schedule.default_grid, final_sigmas_type=schedule.final_sigmas_type)
+    np.testing.assert_array_equal(times, explicit)
+    assert times[-1] == (schedule.clean_time if schedule.final_sigmas_type == "zero" else schedule.t_end)
+
+
+def test_each_spacing_is_even_where_it_says() -> None:
+    schedule = VPLinear()
+
+    def spread(grid: str, axis, **options) -> float:
+        gaps = np.diff(axis(make_times(schedule, 17, grid, **options)))
+        return float(np.ptp(gaps) / np.abs(gaps).mean())
+
+    axes = {
+        "uniform": lambda t: t,
+        "sgm_uniform": lambda t: t,
+        "quadratic": np.sqrt,
+        "logsnr": schedule.log_snr,
+        "exponential": schedule.log_snr,
+        "karras": lambda t: ratio(schedule, t) ** (1 / 7),
+    }
+    for grid, axis in axes.items():
+        assert spread(grid, axis) < 1e-10, grid
+    assert spread("karras", lambda t: ratio(schedule, t) ** (1 / 3), rho=3.0) < 1e-10
+    # Negative control: the wrong axis is far from even.
+    assert spread("karras", axes["logsnr"]) > 0.1
+    assert spread("uniform", np.sqrt) > 0.1
+
+
+def test_flow_grids() -> None:
+    np.testing.assert_allclose(make_times(RectifiedFlow(), 4), [1, 0.75, 0.5, 0.25, 0], atol=1e-15)
+    flow = RectifiedFlow(3.0)
+    np.testing.assert_allclose(make_times(flow, 4), flow.shift_time(np.linspace(1, 0, 5)), atol=1e-15)
+    ended = make_times(flow, 4, t_end=0.01)
+    assert ended[-2:].tolist() == [0.01, 0.0] and ended.size == 5
+
+
+def test_beta_grid_is_the_quantile_function() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    times = make_times(DISCRETE, 9, "beta", alpha=0.5, beta=0.7)[:-1]
+    np.testing.assert_allclose(stats.beta.cdf(times / 999, 0.5, 0.7), np.linspace(1, 0, 9), atol=1e-9)
+
+
+def test_beta_without_scipy_names_the_extra(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.special", None)
+    with pytest.raises(ImportError, match=r"pip install 'pydiff\[scipy\]'"):
+        make_times(DISCRETE, 9, "beta")
+
+
+# Number by number against diffusers.
+
+COUNTS = [2, 3, 5, 7, 10, 20, 25, 30, 33, 48, 50, 77, 100, 123, 250, 333, 499]
+SAME_SPACING = {
+    "DDIMScheduler": {},
+    "DPMSolverMultistepScheduler": {"drop_last": True},
+    "EulerDiscreteScheduler": {"integers": False},
+}
+
+
+@pytest.mark.parametrize("spacing", INDEX_GRIDS)
+@pytest.mark.parametrize("name", SAME_SPACING)
+def test_index_grids_match_set_timesteps(name: str, spacing: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    offset = 1 if spacing == "leading" else 0
+    scheduler = getattr(diffusers, name)(timestep_spacing=spacing, steps_offset=offset, **SD)
+    accepted = {"linspace": {"drop_last", "integers"}, "leading": {"drop_last", "steps_offset"}, "trailing": set()}
+    options = {**SAME_SPACING[name], "steps_offset": offset}
+    options = {key: value for key, value in options.items() if key in accepted[spacing]}
+    for n in COUNTS:
+        scheduler.set_timesteps(n)
+        # For n = 499 their trailing spacing rounds to one timestep too many.
+        expected = scheduler.timesteps.numpy().astype(np.float64)[:n]
+        times = make_times(DISCRETE, n, spacing, final_sigmas_type="zero", **options)
+        # Euler's fractional indices are float32; everything else is whole and equal.
+        np.testing.assert_allclose(times[:-1], expected, rtol=1e-6 if name.startswith("Euler") else 0)
+        assert times[-1] == -1.0
+
+
+@pytest.mark.parametrize("kind", ["karras", "exponential", "beta"])
+@pytest.mark.parametrize("spacing", INDEX_GRIDS)
+def test_sigma_grids_match_euler(kind: str, spacing: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    flag = {f"use_{kind}_sigmas": True}
+    scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing=spacing, steps_offset=1, **SD, **flag)
+    schedule, prediction, options = read_config(scheduler)
+    assert schedule == DISCRETE and prediction == "epsilon" and options["grid"] == kind
+    for n in (2, 5, 20, 50, 99):
+        scheduler.set_timesteps(n)
+        times = make_times(schedule, n, **options)
+        # Their betas are float32, which leaves 1e-5 in the smallest sigmas.
+        np.testing.assert_allclose(ratio(schedule, times), scheduler.sigmas.numpy(), rtol=3e-5, atol=1e-7)
+
+
+def test_karras_and_exponential_match_k_diffusion() -> None:
+    n, low, high, rho = 13, 0.03, 14.6, 7.0
+    ramp = np.linspace(0, 1, n)
+    karras = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    exponential = np.exp(np.linspace(np.log(high), np.log(low), n))
+    schedule = VE(low, high)
+    np.testing.assert_allclose(make_times(schedule, n, "karras"), [*karras, 0.0], rtol=1e-13)
+    np.testing.assert_allclose(make_times(schedule, n, "exponential"), [*exponential, 0.0], rtol=1e-13)
+
+
+CONFIGS = [
+    ("DDIMScheduler", {}),
+    ("DDIMScheduler", {"set_alpha_to_one": False, "steps_offset": 1}),
+    ("DDPMScheduler", {"prediction_type": "sample", "timestep_spacing": "trailing"}),
+    ("PNDMScheduler", {"set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True}),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {"use_exponential_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {"use_beta_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}),
+    ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
+    ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -2.0}),
+    ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
+    ("DPMSolverSinglestepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}),
+    ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 5.0, "prediction_type": "flow_prediction"}),
+    ("UniPCMultistepScheduler", {"prediction_type": "v_prediction"}),
+    ("DEISMultistepScheduler", {}),
+    ("SASolverScheduler", {"timestep_spacing": "trailing"}),
+    ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 10.0}),
+    ("EulerAncestralDiscreteScheduler", {}),
+    ("LMSDiscreteScheduler", {}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_karras_sigmas": True}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_beta_sigmas": True}),
+    ("EDMEulerScheduler", {}),
+    ("EDMDPMSolverMultistepScheduler", {"sigma_schedule": "exponential", "sigma_max": 20.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), CONFIGS)
+def test_configs_give_the_sigmas_of_diffusers(name: str, arguments: dict) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    betas = {} if name.startswith(("Flow", "EDM")) else SD
+    scheduler = getattr(diffusers, name)(**betas, **arguments)
+    schedule, prediction, options = read_config(scheduler)
+    expected_prediction = "flow_prediction" if name.startswith("Flow") else scheduler.config.get("prediction_type")
+    assert prediction in (expected_prediction, EDMPrecond(0.5))
+    n = 15
+    scheduler.set_timesteps(n)
+    times = make_times(schedule, n, **options)
+    if hasattr(scheduler, "sigmas"):
+        sigma = schedule.sigma(times) if isinstance(schedule, RectifiedFlow) else ratio(schedule, times)
+        # They interpolate sigma, we log alpha: up to 2e-4 between indices; and alphas are float32.
+        np.testing.assert_allclose(sigma, scheduler.sigmas.numpy(), rtol=3e-4, atol=1e-6)
+    else:
+        own = scheduler.timesteps.numpy().astype(float)
+        expected = np.array(sorted(set(own), reverse=True))  # PLMS repeats its second timestep
+        np.testing.assert_array_equal(times[:-1], expected)
+        assert times[-1] == (-1.0 if arguments.get("set_alpha_to_one", True) else 0.0)
+
+
+@pytest.mark.parametrize(
+    "name", sorted({name for name, _ in CONFIGS} | {"HeunDiscreteScheduler", "KDPM2DiscreteScheduler"})
+)
+def test_config_defaults_are_those_of_the_class(name: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    full = dict(getattr(diffusers, name)().config)
+    assert from_diffusers_config({"_class_name": name}) == from_diffusers_config({**full, "_class_name": name})
+
+
+def test_strict_flow_shifts_once_and_dynamic_needs_mu() -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    last = [make_times(s, 5, **o)[-2] for s, _, o in (from_diffusers_config(config, strict=k) for k in (False, True))]
+    assert last == pytest.approx([0.00893, 0.002994], rel=1e-3)
+    dynamic = {**config, "use_dynamic_shifting": True}
+    with pytest.raises(ValueError, match="needs mu"):
+        from_diffusers_config(dynamic)
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(7, mu=0.9)
+    schedule, _, options = read_config(scheduler, mu=0.9)
+    np.testing.assert_allclose(make_times(schedule, 7, **options), scheduler.sigmas.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "EulerDiscretScheduler"}, "did you mean 'EulerDiscreteScheduler'"),
+        ({}, "_class_name = None"),
+        ({"_class_name": "DDIMScheduler", "prediction_type": "x0"}, "prediction_type = 'x0'"),
+        ({"_class_name": "DDIMScheduler", "beta_schedule": "laplace"}, "'laplace'"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.1}, "shift_terminal = 0.1"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": 1, "use_beta_sigmas": 1}, "exclude"),
+    ],
+)
+def test_unsupported_configs_are_named(config: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_diffusers_config(config)
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((DISCRETE, 0), {}, "steps = 0"),
+        ((DISCRETE, 2.5), {}, "steps = 2.5"),
+        ((DISCRETE, True), {}, "steps = True"),
+        ((DISCRETE, 10, "karas"), {}, "did you mean 'karras'"),
+        ((DISCRETE, 10, "karras"), {"rh": 3}, "option 'rh' is unknown; it takes on, rho"),
+        ((DISCRETE, 10, "uniform"), {"on": "time"}, "option 'on' is unknown; it takes no options"),
+        ((DISCRETE, 10, "karras"), {"rho": 0.0}, "rho = 0.0"),
+        ((DISCRETE, 10, "karras"), {"on": "sigma"}, "on = 'sigma'"),
+        ((DISCRETE, 10, "karras"), {"span": "uniform"}, "span = 'uniform' is not an index grid"),
+        ((DISCRETE, 10, "beta"), {"alpha": -1.0}, "alpha = -1.0"),
+        ((DISCRETE, 10), {"final_sigmas_type": "one"}, "final_sigmas_type = 'one'"),
+        ((DISCRETE, 10), {"t_start": 1000.0}, "t_start = 1000.0"),
+        ((DISCRETE, 10), {"t_start": 10.5}, "whole indices"),
+        ((VPLinear(), 10), {"t_start": 0.1, "t_end": 0.2}, "t_start = 0.1 must be above t_end = 0.2"),
+        ((DISCRETE, 1001, "trailing"), {}, "more than the 1000 training timesteps; use fewer steps"),
+        ((DISCRETE, 1000, "linspace"), {"drop_last": True}, "do not decrease; use fewer steps"),
+        ((DISCRETE, 1000, "leading"), {"steps_offset": 1}, r"outside \[-1, 999\]; use fewer steps or a smaller"),
+        ((RectifiedFlow(), 10, "karras"), {}, "infinite at t_start = 1"),
+        ((VPLinear(), 10, "logsnr"), {"t_end": 0.0}, "sigma is 0 at t_end"),
+        ((RectifiedFlow(), 10, "exponential"), {"on": "time", "t_end": 0.0}, "give t_end > 0"),
+    ],
+)
+def test_bad_requests_are_named(arguments, options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_times(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([1.0], r"times of shape \(1,\)"),
+        ([1.0, np.nan], r"times\[1\] = nan"),
+        ([1.2, 0.5], r"times\[0\] = 1.2 .* \[0, 1\]"),
+        ([1.0, 0.5, 0.5], r"times\[1\] = .*0.5.* and times\[2\] = .*0.5.* do not decrease"),
+        ([0.1, 1.0], r"the noisiest first"),
+    ],
+)
+def test_user_times_are_checked(times, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_times(VPLinear(), times)
+
+
+def test_user_sigmas_become_times() -> None:
+    np.testing.assert_allclose(check_times(EDM(), sigmas=[80.0, 1.0, 0.0]), [80.0, 1.0, 0.0], rtol=1e-14)
+    times = check_times(DISCRETE, sigmas=[14.0, 1.0, 0.0])
+    assert times[-1] == -1.0
+    np.testing.assert_allclose(ratio(DISCRETE, times), [14.0, 1.0, 0.0], rtol=1e-12)
+    with pytest.raises(ValueError, match=r"sigmas\[1\] = -1"):
+        check_times(EDM(), sigmas=[80.0, -1.0])
+    with pytest.raises(ValueError, match="exactly one"):
+        check_times(EDM())
