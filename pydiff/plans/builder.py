@@ -28,11 +28,11 @@ class Point(NamedTuple):
     alpha: float
     sigma: float
     log_snr: float
-    """log(alpha / sigma): +inf where the sample is clean, -inf where it is pure noise."""
+    """log(alpha / sigma), half of the papers' log-SNR: +inf where the sample is clean, -inf where it is pure noise."""
 
     @property
-    def rho(self) -> float:
-        """sigma / alpha, the noise level of x / alpha (k-diffusion's and EDM's sigma)."""
+    def ratio(self) -> float:
+        """sigma / alpha, the noise ratio: the noise level of x / alpha, which k-diffusion and EDM call sigma."""
         return self.sigma / self.alpha if self.alpha else math.inf
 
 
@@ -82,7 +82,7 @@ class PlanBuilder:
         return Point(float(t), float(s.alpha(t)), float(s.sigma(t)), float(s.log_snr(t)))
 
     def point_at(self, log_snr: float) -> Point:
-        """A point off the grid, by its log-SNR."""
+        """A point off the grid, by its log(alpha / sigma)."""
         return self.point(float(self.schedule.t_of_log_snr(log_snr)))
 
     def history(self, back: int) -> Combination:

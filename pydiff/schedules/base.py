@@ -83,7 +83,11 @@ class NoiseSchedule(ABC):
         return self._apply(self._log_alpha, t)
 
     def log_snr(self, t: Value) -> Value:
-        """lambda(t) = log(alpha / sigma), decreasing; +inf where sigma = 0, -inf where alpha = 0."""
+        """lambda(t) = log(alpha / sigma), decreasing; +inf where sigma = 0, -inf where alpha = 0.
+
+        This is the half-log-SNR of DPM-Solver (2206.00927): half of log(alpha^2 / sigma^2), which VDM (2107.00630) and
+        others call the log-SNR.
+        """
         return self._apply(self._log_snr, t)
 
     def drift(self, t: Value) -> Value:
@@ -101,7 +105,7 @@ class NoiseSchedule(ABC):
         return self._apply(np.ones_like if self.variance_preserving else self._sigma, t)
 
     def t_of_log_snr(self, log_snr: Value) -> Value:
-        """The exact inverse of `log_snr`: +inf gives `clean_time`, -inf the time with alpha = 0.
+        """The time with log(alpha / sigma) = log_snr, exactly; +inf gives `clean_time`, -inf the time with alpha = 0.
 
         Raises ValueError for nan and for values that no time in [clean_time, t_max] reaches.
         """

@@ -21,14 +21,30 @@ _CENTRED = _derivative_weights(range(-4, 5))
 _BACKWARD = _derivative_weights(range(-8, 1))
 
 
-class FromLogSNR(NoiseSchedule):
-    """A schedule from any strictly decreasing lambda(t), for instance a learned one (VDM, 2107.00630).
+SCALES = {"half": 1.0, "full": 2.0}
+"""Multiples of log(alpha / sigma) that go by the name of log-SNR."""
 
-    variance_preserving: alpha^2 = sigmoid(2 lambda), sigma^2 = sigmoid(-2 lambda); otherwise alpha = 1 and
-    sigma = exp(-lambda). `fn` takes an array, or failing that one float at a time, and is called only for
-    times in (clean_time, t_start]; at `clean_time` itself sigma is 0 by definition, whatever fn tends to. The
-    inverse bisects to the last bit; the derivative is an 8th-order difference, about 1e-10 relative for
-    smooth fn.
+
+class FromLogSNR(NoiseSchedule):
+    """A schedule from any strictly decreasing log-SNR, for instance a learned one.
+
+    Args:
+        fn: the log-SNR at time t, on the scale that `scale` names. It takes a float64 array, or failing that one
+            float at a time, and is called only for times in (clean_time, t_start].
+        t_start, t_end: noisiest time, and last noisy time; t_end < t_start.
+        variance_preserving: alpha^2 = sigmoid(2 lambda), sigma^2 = sigmoid(-2 lambda); otherwise alpha = 1 and
+            sigma = exp(-lambda).
+        clean_time: where sigma is 0 by definition, whatever fn tends to.
+        scale: "half": fn is lambda = log(alpha / sigma), the half-log-SNR of DPM-Solver (2206.00927), which `log_snr`
+            answers with. "full": fn is log(alpha^2 / sigma^2) = 2 lambda, the log-SNR of VDM (2107.00630, eq. 4),
+            whose gamma is its negative: give ``lambda t: -gamma(t)`` with scale="full".
+
+    The inverse bisects to the last bit; the derivative is an 8th-order difference, about 1e-10 relative for smooth fn.
+
+    Raises: ValueError if fn is not finite and strictly decreasing on [t_end, t_start], or for an unknown scale.
+
+    Example:
+        schedule = pydiff.FromLogSNR(lambda t: 13.3 - 18.3 * t, scale="full")  # VDM's linear gamma
     """
 
     final_sigmas_type = "sigma_min"
@@ -41,8 +57,14 @@ class FromLogSNR(NoiseSchedule):
         variance_preserving: bool = True,
         *,
         clean_time: float = 0.0,
+        scale: str = "half",
     ) -> None:
-        self.fn = fn
+        if scale not in SCALES:
+            raise ValueError(
+                f"FromLogSNR: scale = {scale!r} is not accepted; give 'half' where fn is log(alpha / sigma), or 'full' "
+                "where it is log(alpha^2 / sigma^2)"
+            )
+        self.fn, self.scale = fn, scale
         self.clean_time = number_argument("FromLogSNR", "clean_time", clean_time, low=-math.inf)
         self.t_end = number_argument("FromLogSNR", "t_end", t_end, low=self.clean_time)
         self.t_start = self.t_max = number_argument("FromLogSNR", "t_start", t_start, low=self.t_end)
@@ -54,7 +76,7 @@ class FromLogSNR(NoiseSchedule):
         if bad.any():
             i = int(bad.argmax())
             raise ValueError(
-                f"FromLogSNR: fn({grid[i]:g}) = {values[i]:g} is not accepted; log(alpha/sigma) must be "
+                f"FromLogSNR: fn({grid[i]:g}) = {values[i] * SCALES[scale]:g} is not accepted; the log-SNR must be "
                 f"finite and strictly decreasing on [t_end, t_start] = [{self.t_end:g}, {self.t_start:g}]"
             )
 
@@ -66,7 +88,7 @@ class FromLogSNR(NoiseSchedule):
             values = np.empty(0)
         if values.shape != flat.shape:  # fn takes one number at a time
             values = np.array([float(self.fn(float(x))) for x in flat], dtype=np.float64)
-        return values.reshape(np.shape(t))
+        return values.reshape(np.shape(t)) / SCALES[self.scale]
 
     def _log_snr(self, t: Array) -> Array:
         clean = t == self.clean_time
@@ -117,11 +139,11 @@ class FromLogSNR(NoiseSchedule):
         return -2.0 * self._sigma(t) ** 2 * self._slope(t)
 
     def _key(self) -> Hashable:
-        return (self.fn, self.t_start, self.t_end, self.variance_preserving, self.clean_time)
+        return (self.fn, self.t_start, self.t_end, self.variance_preserving, self.clean_time, self.scale)
 
     def __repr__(self) -> str:
         name = getattr(self.fn, "__name__", type(self.fn).__name__)
-        return f"FromLogSNR({name}, t_start={self.t_start!r}, t_end={self.t_end!r})"
+        return f"FromLogSNR({name}, t_start={self.t_start!r}, t_end={self.t_end!r}, scale={self.scale!r})"
 
     def to_dict(self) -> dict[str, Any]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""DDPM and DDIM: one step from the posterior of x_s given x_t and the estimated x0."""
+"""DDPM and DDIM: one step from s to t, from the posterior of x_t given x_s and the estimated x0."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pydiff.solvers.exponential import step_size
 from pydiff.solvers.registry import solver
 
 
-def posterior_variance(t: Point, s: Point) -> tuple[float, float]:
-    """Variance of x_s given x_t and x0, and of x_t given x_s (2006.11239 eq. 7, for any alpha and sigma).
+def posterior_variance(s: Point, t: Point) -> tuple[float, float]:
+    """Variance of x_t given x_s and x0, and of x_s given x_t (2006.11239 eq. 7, for any alpha and sigma).
 
-    sigma_{t|s}^2 = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2 = sigma_t^2 (1 - exp(-2 h)) does not cancel.
+    s is the noisier one. sigma_{s|t}^2 = sigma_s^2 - (alpha_s / alpha_t)^2 sigma_t^2, written as
+    sigma_s^2 (1 - exp(-2 h)), does not cancel.
     """
-    transition = -(t.sigma**2) * math.expm1(-2.0 * step_size(t, s))
-    return transition * s.sigma**2 / t.sigma**2, transition
+    transition = -(s.sigma**2) * math.expm1(-2.0 * step_size(s, t))
+    return transition * t.sigma**2 / s.sigma**2, transition
 
 
 @solver(
@@ -29,11 +30,11 @@ def ddpm(b: PlanBuilder, variance: str = "small") -> None:
     """Ancestral sampling. variance: "small" (the posterior's) or "large" (the forward step's beta)."""
     if variance not in ("small", "large"):
         raise ValueError(f"variance must be 'small' or 'large', got {variance!r}")
-    for t, s in zip(b.points, b.points[1:]):
-        d = b.call(t)
-        small, transition = posterior_variance(t, s)
-        mean = (s.alpha * transition / t.sigma**2) * d + (t.alpha / s.alpha * s.sigma**2 / t.sigma**2) * b.x
-        std = math.sqrt(small if variance == "small" else transition) if s.sigma > 0 else 0.0
+    for s, t in zip(b.points, b.points[1:]):
+        d = b.call(s)
+        small, transition = posterior_variance(s, t)
+        mean = (t.alpha * transition / s.sigma**2) * d + (s.alpha / t.alpha * t.sigma**2 / s.sigma**2) * b.x
+        std = math.sqrt(small if variance == "small" else transition) if t.sigma > 0 else 0.0
         b.write(x=mean + std * b.noise() if std else mean)
 
 
@@ -46,14 +47,14 @@ def ddim(b: PlanBuilder, eta: float = 0.0, use_clipped_model_output: bool = True
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
-    for t, s in zip(b.points, b.points[1:]):
-        d = b.call(t)
-        std = eta * math.sqrt(posterior_variance(t, s)[0]) if eta else 0.0
-        direction = math.sqrt(max(s.sigma**2 - std**2, 0.0))
+    for s, t in zip(b.points, b.points[1:]):
+        d = b.call(s)
+        std = eta * math.sqrt(posterior_variance(s, t)[0]) if eta else 0.0
+        direction = math.sqrt(max(t.sigma**2 - std**2, 0.0))
         if use_clipped_model_output:
-            epsilon = (b.x - t.alpha * d) / t.sigma
+            epsilon = (b.x - s.alpha * d) / s.sigma
         else:
-            w_x, w_m = b.prediction.weights("epsilon", t.alpha, t.sigma)
+            w_x, w_m = b.prediction.weights("epsilon", s.alpha, s.sigma)
             epsilon = w_x * b.x + w_m * b.m
-        x = s.alpha * d + direction * epsilon
+        x = t.alpha * d + direction * epsilon
         b.write(x=x + std * b.noise() if std else x)

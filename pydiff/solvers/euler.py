@@ -1,4 +1,4 @@
-"""Euler and Heun on dx/d rho = epsilon, in x / alpha and rho = sigma / alpha, with EDM's churn (2206.00364, Alg. 2)."""
+"""Euler and Heun on d(x / alpha) / d(sigma / alpha) = epsilon, with EDM's churn (2206.00364, Alg. 2)."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from pydiff.solvers.registry import solver
 
 
 def euler_step(b: PlanBuilder, s: Point, t: Point, d: Combination) -> Combination:
-    """x at t after an Euler step in rho from x at s, with the estimate d of x0. Equal to DDIM's."""
+    """x at t after an Euler step in the noise ratio from x at s, with the estimate d of x0. Equal to DDIM's."""
     return (t.sigma / s.sigma) * b.x + (t.alpha - t.sigma * s.alpha / s.sigma) * d
 
 
 def slope_weight(s: Point, t: Point) -> float:
-    """alpha_t (rho_t - rho_s): what epsilon is multiplied with in an Euler step, in units of x at t."""
-    return t.alpha * (t.rho - s.rho)
+    """alpha_t (ratio_t - ratio_s): what epsilon is multiplied with in an Euler step, in units of x at t."""
+    return t.alpha * (t.ratio - s.ratio)
 
 
 def churn(b: PlanBuilder, s: Point, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> Point:
     """Raise the noise level at s: x and the point it is at afterwards (2206.00364, Alg. 2, lines 4 to 6).
 
-    rho grows by gamma = min(s_churn / n, sqrt(2) - 1), at most to the schedule's noisiest level.
+    The noise ratio grows by gamma = min(s_churn / n, sqrt(2) - 1), at most to the schedule's noisiest level.
     """
-    gamma = min(s_churn / b.steps, math.sqrt(2.0) - 1.0) if s_tmin <= s.rho <= s_tmax else 0.0
-    limit = b.point(b.schedule.t_max).rho if math.isfinite(b.schedule.t_max) else math.inf
-    raised = min(s.rho * (1.0 + gamma), limit)
-    if gamma == 0.0 or raised <= s.rho:
+    gamma = min(s_churn / b.steps, math.sqrt(2.0) - 1.0) if s_tmin <= s.ratio <= s_tmax else 0.0
+    limit = b.point(b.schedule.t_max).ratio if math.isfinite(b.schedule.t_max) else math.inf
+    raised = min(s.ratio * (1.0 + gamma), limit)
+    if gamma == 0.0 or raised <= s.ratio:
         return s
     hat = b.point_at(-math.log(raised))
-    b.renoise(hat.alpha / s.alpha, s_noise * hat.alpha * math.sqrt(hat.rho**2 - s.rho**2))
+    b.renoise(hat.alpha / s.alpha, s_noise * hat.alpha * math.sqrt(hat.ratio**2 - s.ratio**2))
     return hat
 
 
@@ -46,7 +46,9 @@ def check_churn(s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) ->
 def euler(
     b: PlanBuilder, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
 ) -> None:
-    """Euler's method in rho. Without churn it takes DDIM's steps. s_tmin and s_tmax bound rho = sigma / alpha."""
+    """Euler's method in the noise ratio sigma / alpha. Without churn it takes DDIM's steps.
+
+    s_churn, s_tmin, s_tmax, s_noise: EDM's churn; s_tmin and s_tmax bound the noise ratio."""
     check_churn(s_churn, s_tmin, s_tmax, s_noise)
     for s, t in zip(b.points, b.points[1:]):
         hat = churn(b, s, s_churn, s_tmin, s_tmax, s_noise) if s_churn else s
@@ -63,7 +65,9 @@ def euler(
 def heun(
     b: PlanBuilder, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
 ) -> None:
-    """Heun's method (trapezoid) in rho. A step that ends at sigma = 0 is Euler's."""
+    """Heun's method (trapezoid) in the noise ratio. A step that ends at sigma = 0 is Euler's.
+
+    s_churn, s_tmin, s_tmax, s_noise: EDM's churn, as for `euler`."""
     check_churn(s_churn, s_tmin, s_tmax, s_noise)
     for s, t in zip(b.points, b.points[1:]):
         hat = churn(b, s, s_churn, s_tmin, s_tmax, s_noise) if s_churn else s

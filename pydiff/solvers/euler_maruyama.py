@@ -21,10 +21,10 @@ def euler_maruyama(b: PlanBuilder, last_noise: bool = False) -> None:
 
     last_noise: also add the noise of the last step (False: return the mean, as score_sde does).
     """
-    for i, (t, s) in enumerate(zip(b.points, b.points[1:])):
-        d = b.call(t, "epsilon")
-        dt = t.t - s.t
-        f, g2 = float(b.schedule.drift(t.t)), float(b.schedule.diffusion_squared(t.t))
-        x = (1.0 - f * dt) * b.x - (g2 * dt / t.sigma) * d  # score = -epsilon / sigma
+    for i, (s, t) in enumerate(zip(b.points, b.points[1:])):
+        d = b.call(s, "epsilon")
+        dt = s.t - t.t
+        f, g2 = float(b.schedule.drift(s.t)), float(b.schedule.diffusion_squared(s.t))
+        x = (1.0 - f * dt) * b.x - (g2 * dt / s.sigma) * d  # score = -epsilon / sigma
         noisy = last_noise or i < b.steps - 1
         b.write(x=x + math.sqrt(g2 * dt) * b.noise() if noisy else x)

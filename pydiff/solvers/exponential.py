@@ -1,6 +1,6 @@
 """Exponential integrators: what DPM-Solver, DPM-Solver++, DEIS and UniPC are made of.
 
-With h = lambda_t - lambda_s and lambda the log-SNR, the probability-flow ODE integrates exactly to
+With h = lambda_t - lambda_s and lambda = log(alpha / sigma), the half-log-SNR that is `log_snr` in code, the probability-flow ODE integrates exactly to
 
     x_t = (sigma_t / sigma_s) x_s + sigma_t * int_{lambda_s}^{lambda_t} exp(l) x0(l) dl         (2211.01095, eq. 9)
     x_t = (alpha_t / alpha_s) x_s - alpha_t * int_{lambda_s}^{lambda_t} exp(-l) epsilon(l) dl   (2206.00927, eq. 3.4)
@@ -55,7 +55,7 @@ class Transfer:
             self.carry = t.alpha / s.alpha
             self.scale = -t.sigma
         # sigma_t (e^h - 1), written so that a clean t (sigma_t = 0, h = inf) is no special case
-        self._epsilon_zero = t.sigma - t.alpha * s.rho if not self.sample else 0.0
+        self._epsilon_zero = t.sigma - t.alpha * s.ratio if not self.sample else 0.0
 
     @property
     def z(self) -> float:

@@ -53,11 +53,11 @@ def singlestep_block(b: PlanBuilder, block: list[Point], target: str, inner_type
     if target == "epsilon" and s.alpha == 0:
         return leave_pure_noise(b, s, t)
     h = step_size(s, t)
-    ratio = [step_size(s, p) / h for p in block[1:-1]]
+    fraction = [step_size(s, p) / h for p in block[1:-1]]
     final = Transfer(s, t, target)
     d = b.call(s, target)
     result = final.carry * b.x + final.phi(0) * d
-    if not ratio:
+    if not fraction:
         b.write(x=result)
         return
 
@@ -68,14 +68,14 @@ def singlestep_block(b: PlanBuilder, block: list[Point], target: str, inner_type
     def slope(step: Transfer, kind: str) -> float:
         return 0.5 * step.phi(0) if kind == "midpoint" else step.phi(1)
 
-    if len(ratio) == 1:
-        weight = slope(final, final_type) / ratio[0]  # of d(u) - d(s)
+    if len(fraction) == 1:
+        weight = slope(final, final_type) / fraction[0]  # of d(u) - d(s)
         b.write(x=inner(1), base=result - weight * d)
         b.write(x=b.base + weight * b.call(block[1], target))
         return
     # two inner nodes: d(u1) serves the second inner value only, d(u2) the result
-    weight1 = slope(Transfer(s, block[2], target), inner_type) * ratio[1] / ratio[0]
-    weight2 = final.phi(1) / ratio[1]
+    weight1 = slope(Transfer(s, block[2], target), inner_type) * fraction[1] / fraction[0]
+    weight2 = final.phi(1) / fraction[1]
     b.write(x=inner(1), base=result - weight2 * d, push=inner(2) - weight1 * d)
     b.write(x=b.history(1) + weight1 * b.call(block[1], target))
     b.write(x=b.base + weight2 * b.call(block[2], target))

@@ -13,18 +13,18 @@ from pydiff.solvers.multistep import leave_pure_noise, order_at
 from pydiff.solvers.registry import solver
 
 
-def unipc_weights(z: float, ratios: list[float], variant: str, fixed_half: bool) -> list[float]:
-    """The a_m of 2302.04867, eq. 3 and Theorem 3.1: solve R a = b for nodes at `ratios` of the step, times B(h) / z.
+def unipc_weights(z: float, fractions: list[float], variant: str, fixed_half: bool) -> list[float]:
+    """The a_m of 2302.04867, eq. 3 and Theorem 3.1: solve R a = b for nodes at `fractions` of the step, times B(h) / z.
 
-    z is h for epsilon and -h for x0; R[k, m] = ratios[m]^k; b[k] = (k + 1)! z phi_{k+2}(z) / B, with B = z (bh1) or
+    z is h for epsilon and -h for x0; R[k, m] = fractions[m]^k; b[k] = (k + 1)! z phi_{k+2}(z) / B, with B = z (bh1) or
     e^z - 1 (bh2). fixed_half: with one node take a = 1/2, which any B allows to first order (App. F).
-    Returned are B * a: what multiplies (d_m - d_0) / ratios[m].
+    Returned are B * a: what multiplies (d_m - d_0) / fractions[m].
     """
     bound = z if variant == "bh1" else math.expm1(z)
-    if fixed_half and len(ratios) == 1:
+    if fixed_half and len(fractions) == 1:
         return [0.5 * bound]
-    matrix = np.vander(ratios, increasing=True).T
-    right = [math.factorial(k + 1) * z * phi(k + 2, z) for k in range(len(ratios))]
+    matrix = np.vander(fractions, increasing=True).T
+    right = [math.factorial(k + 1) * z * phi(k + 2, z) for k in range(len(fractions))]
     return [float(a) for a in np.linalg.solve(matrix, np.array(right))]
 
 
@@ -42,8 +42,8 @@ def unipc_step(
     if nodes:
         scale = step.scale * z_sign  # alpha_t phi terms in x0 carry the sign of z = -h
         weights = unipc_weights(step.z, [r for r, _ in nodes], variant, fixed_half)
-        for weight, (ratio, d) in zip(weights, nodes):
-            result = result + (scale * weight / ratio) * (d - d0)
+        for weight, (fraction, d) in zip(weights, nodes):
+            result = result + (scale * weight / fraction) * (d - d0)
     return result
 
 

@@ -2,7 +2,7 @@
 
 The model is a function of the sample and its noise level alone (`predict`), so that the rounding of the times that
 some peers tell their models plays no part; noise is drawn beforehand and dealt out to both sides in order. Levels are
-written as rho = sigma / alpha throughout: that is what peers tabulate, and with alpha^2 + sigma^2 = 1 it says all.
+written as the ratio sigma / alpha throughout: that is what peers tabulate, and with alpha^2 + sigma^2 = 1 it says all.
 
 Peers tabulate and compute in float32. `float64_arithmetic` runs their own source in double precision throughout, by
 putting other meanings of `float32` under the names `torch` and `np` of their module: the formulas stay theirs, the
@@ -36,7 +36,7 @@ SIGMA_DATA = 0.5  # of the EDM classes
 
 
 class RatioVP(NoiseSchedule):
-    """alpha^2 + sigma^2 = 1 with rho itself as the time, so that any table of a peer is a valid grid."""
+    """alpha^2 + sigma^2 = 1 with ratio itself as the time, so that any table of a peer is a valid grid."""
 
     variance_preserving = True
     t_max = float("inf")
@@ -190,7 +190,7 @@ class PeerRun:
     """What a peer did: the final sample (as x), the levels it went through, and how often it called the model."""
 
     x: torch.Tensor
-    levels: np.ndarray  # rho, or the time of a rectified flow
+    levels: np.ndarray  # ratio, or the time of a rectified flow
     calls: int
     start: torch.Tensor  # x_T
     scaling: str
@@ -201,13 +201,13 @@ def scheduler_class(name: str) -> Any:
     return getattr(importlib.import_module("diffusers"), name)
 
 
-def level(scaling: str, rho: float) -> tuple[float, float]:
+def level(scaling: str, ratio: float) -> tuple[float, float]:
     """(alpha, sigma) of a level as the scheduler tabulates it."""
     if scaling == "edm":
-        return 1.0, rho
+        return 1.0, ratio
     if scaling == "flow":
-        return 1.0 - rho, rho
-    return (0.0, 1.0) if np.isinf(rho) else (float(1.0 / np.hypot(1.0, rho)), float(rho / np.hypot(1.0, rho)))
+        return 1.0 - ratio, ratio
+    return (0.0, 1.0) if np.isinf(ratio) else (float(1.0 / np.hypot(1.0, ratio)), float(ratio / np.hypot(1.0, ratio)))
 
 
 def output_kind(scaling: str, config: dict[str, Any]) -> str:
@@ -259,9 +259,9 @@ def run_diffusers(
     return PeerRun(sample, levels, len(scheduler.timesteps), start, scaling, kind)
 
 
-def _start(z: torch.Tensor, scaling: str, rho: float) -> torch.Tensor:
+def _start(z: torch.Tensor, scaling: str, ratio: float) -> torch.Tensor:
     """x_T: z for variance preserving schedules, sigma z for EDM and flow."""
-    return (level(scaling, rho)[1] * z.double()).to(z.dtype) if scaling in ("edm", "flow") else z
+    return (level(scaling, ratio)[1] * z.double()).to(z.dtype) if scaling in ("edm", "flow") else z
 
 
 def _current_level(scheduler: Any, scaling: str, t: torch.Tensor) -> float:

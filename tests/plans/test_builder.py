@@ -221,5 +221,5 @@ def test_points_off_the_grid() -> None:
     b = PlanBuilder(pydiff.VPLinear(), SAMPLE, np.array([1.0, 0.5]))
     inner = b.point_at(0.25)
     assert inner == pytest.approx(b.point(inner.t)) and inner.log_snr == pytest.approx(0.25)
-    assert inner.rho == pytest.approx(math.exp(-0.25))
-    assert PlanBuilder(pydiff.RectifiedFlow(), SAMPLE, np.array([1.0, 0.0])).points[0].rho == math.inf
+    assert inner.ratio == pytest.approx(math.exp(-0.25))
+    assert PlanBuilder(pydiff.RectifiedFlow(), SAMPLE, np.array([1.0, 0.0])).points[0].ratio == math.inf

@@ -24,6 +24,7 @@ from pydiff.schedules.closed_form import (
     rescale_zero_terminal_snr,
 )
 from pydiff.schedules.from_callable import FromLogSNR, _derivative_weights
+from pydiff.schedules.time_grid import make_times
 
 EPS = np.finfo(np.float64).eps
 STABLE_DIFFUSION = ("scaled_linear", 1000, 0.00085, 0.012)
@@ -281,3 +282,27 @@ def test_shift_time_inverts_and_keeps_the_ends(u: float, shift: float) -> None:
     flow = RectifiedFlow(shift)
     assert flow.unshift_time(flow.shift_time(u)) == pytest.approx(u, rel=1e-12)
     assert (flow.shift_time(0.0), flow.shift_time(1.0)) == (0.0, 1.0)
+
+
+def gamma(t):
+    """VDM's linear gamma (2107.00630): alpha^2 = sigmoid(-gamma), sigma^2 = sigmoid(gamma)."""
+    return -13.3 + 18.3 * t
+
+
+def test_the_papers_log_snr_is_twice_ours() -> None:
+    t = np.linspace(1e-3, 1.0, 33)
+    schedule = FromLogSNR(lambda t: -gamma(t), scale="full")
+    np.testing.assert_allclose(schedule.alpha(t) ** 2, 1 / (1 + np.exp(gamma(t))), rtol=1e-12)
+    np.testing.assert_allclose(schedule.sigma(t) ** 2, 1 / (1 + np.exp(-gamma(t))), rtol=1e-12)
+    np.testing.assert_allclose(2 * schedule.log_snr(t), -gamma(t), rtol=1e-12)
+    half = FromLogSNR(lambda t: -0.5 * gamma(t))
+    np.testing.assert_allclose(half.alpha(t), schedule.alpha(t), rtol=1e-14)
+    assert schedule != FromLogSNR(schedule.fn) and "scale='full'" in repr(schedule)
+    assert make_times(schedule, 5).tolist() == pytest.approx(make_times(half, 5).tolist(), rel=1e-12)
+
+
+def test_an_unknown_scale_is_refused() -> None:
+    with pytest.raises(ValueError, match="scale = 'log2' is not accepted; give 'half' .*or 'full'"):
+        FromLogSNR(lambda t: -t, scale="log2")
+    with pytest.raises(ValueError, match=r"fn\(0.001\) = 0.001 is not accepted"):  # the value that fn gave
+        FromLogSNR(lambda t: t, scale="full")
