@@ -1,4 +1,4 @@
-"""Ancestral sampling in the noise ratio sigma / alpha, as k-diffusion does it: a step down too far, then fresh noise."""
+"""Ancestral sampling in the noise ratio sigma / alpha, as in k-diffusion: a step down too far, then fresh noise."""
 
 from __future__ import annotations
 

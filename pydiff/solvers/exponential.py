@@ -1,6 +1,7 @@
 """Exponential integrators: what DPM-Solver, DPM-Solver++, DEIS and UniPC are made of.
 
-With h = lambda_t - lambda_s and lambda = log(alpha / sigma), the half-log-SNR that is `log_snr` in code, the probability-flow ODE integrates exactly to
+With h = lambda_t - lambda_s and lambda = log(alpha / sigma), the half-log-SNR that is `log_snr` in code, the
+probability-flow ODE integrates exactly to
 
     x_t = (sigma_t / sigma_s) x_s + sigma_t * int_{lambda_s}^{lambda_t} exp(l) x0(l) dl         (2211.01095, eq. 9)
     x_t = (alpha_t / alpha_s) x_s - alpha_t * int_{lambda_s}^{lambda_t} exp(-l) epsilon(l) dl   (2206.00927, eq. 3.4)

@@ -304,5 +304,5 @@ def test_the_papers_log_snr_is_twice_ours() -> None:
 def test_an_unknown_scale_is_refused() -> None:
     with pytest.raises(ValueError, match="scale = 'log2' is not accepted; give 'half' .*or 'full'"):
         FromLogSNR(lambda t: -t, scale="log2")
-    with pytest.raises(ValueError, match=r"fn\(0.001\) = 0.001 is not accepted"):  # the value that fn gave
+    with pytest.raises(ValueError, match=r"fn\(0.00490234\) = 0.00490234 is not accepted"):  # the value that fn gave
         FromLogSNR(lambda t: t, scale="full")
