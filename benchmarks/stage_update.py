@@ -102,7 +102,7 @@ def our_entries(sampler: Sampler, x: torch.Tensor, m: torch.Tensor) -> Entries:
     def rewind() -> None:
         kept.tensors.registers[0].copy_(x)
         kept.tensors.cursor.copy_(start)
-        kept.steps_done = 0
+        kept.stages_done = 0
 
     def run(state: pydiff.State) -> pydiff.State:
         while not state.finished:

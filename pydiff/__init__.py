@@ -12,9 +12,11 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "pydiff.sampler": ("Sampler", "sample", "check_capturable"),
-    "pydiff.run.loop": ("NonFiniteError", "StageInfo", "run_plan"),
+    "pydiff.run.loop": ("NonFiniteError", "run_plan"),
+    "pydiff.run.options": ("StageInfo",),
+    "pydiff.run.beginning": ("init", "initial_noise"),
     "pydiff.check.capturable": ("CaptureReport",),
-    "pydiff.run.state": ("State", "init", "initial_noise", "step"),
+    "pydiff.run.state": ("State", "step"),
     "pydiff.solvers.compiler": ("make_plan",),
     "pydiff.plans": ("Plan", "PlanError", "concatenate"),
     "pydiff.schedules": (
@@ -50,12 +52,12 @@ if TYPE_CHECKING:
     from pydiff.plans import Plan as Plan
     from pydiff.plans import PlanError as PlanError
     from pydiff.plans import concatenate as concatenate
+    from pydiff.run.beginning import init as init
+    from pydiff.run.beginning import initial_noise as initial_noise
     from pydiff.run.loop import NonFiniteError as NonFiniteError
-    from pydiff.run.loop import StageInfo as StageInfo
     from pydiff.run.loop import run_plan as run_plan
+    from pydiff.run.options import StageInfo as StageInfo
     from pydiff.run.state import State as State
-    from pydiff.run.state import init as init
-    from pydiff.run.state import initial_noise as initial_noise
     from pydiff.run.state import step as step
     from pydiff.sampler import Sampler as Sampler
     from pydiff.sampler import check_capturable as check_capturable

@@ -6,8 +6,10 @@ out of a CUDA graph.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,10 +20,12 @@ from pydiff.graph.captured import CapturedLoop, GraphStats
 from pydiff.graph.request import make_request
 from pydiff.plans.plan import Plan
 from pydiff.plans.validation import stage_values
+from pydiff.run.beginning import check_shape, distinct_plans, initial_noise, row_seeds, seed_values
 from pydiff.run.conditions import check_condition
-from pydiff.run.loop import Model, run_plan
+from pydiff.run.loop import run_with
+from pydiff.run.model import Model, check_model, check_schedule_is_known, first_parameter, warn_if_training
 from pydiff.run.noise_source import from_generator
-from pydiff.run.state import Seed, check_shape, distinct_plans, initial_noise, row_seeds, seed_values
+from pydiff.run.options import RENAMED, RunOptions, Seed, takes
 from pydiff.schedules.base import NoiseSchedule
 from pydiff.schedules.closed_form import VPLinear
 from pydiff.schedules.prediction import Prediction
@@ -29,6 +33,30 @@ from pydiff.solvers.compiler import GuidanceScale, make_plan
 
 DEFAULT_STEPS = 20
 GUIDED_PLANS = 16  # plans with another guidance scale that a sampler remembers
+
+
+@dataclass(frozen=True, eq=False)
+class CallOptions(RunOptions):
+    """The keyword arguments of a `Sampler`'s call."""
+
+    x0: torch.Tensor | None = None
+    """[B, *sample] or broadcastable: start from this clean sample, noised to the plan's first time (compile with
+    t_start=)."""
+    guidance_scale: GuidanceScale | None = None
+    """In place of the compiled one: a number, one for each model call, or a function of the times."""
+    plan: Plan | Sequence[Plan] | None = None
+    """In place of the compiled one (see `Sampler.make_plan`), or one for each row."""
+    device: torch.device | str | None = None
+    """Where to sample, for a shape; the model's device by default."""
+
+
+class Beginning(NamedTuple):
+    """What a call starts from: x_T, or None where it is still to be drawn from the seeds."""
+
+    x: torch.Tensor | None
+    shape: tuple[int, ...]
+    device: torch.device
+    seeds: list[int] | None
 
 
 class Sampler:
@@ -49,6 +77,9 @@ class Sampler:
             False: no graph. Without a CUDA device the loop runs eagerly, with the same samples.
         max_graphs: how many captured loops are held; the least recently used is released for another.
 
+    Raises: TypeError for a model that cannot be called, a pipeline, or a diffusers model without its schedule; what
+        `make_plan` raises for the others.
+
     Example:
         sampler = Sampler(model, solver="dpmpp_2m", steps=20, grid="karras", guidance_scale=5.0)
         x = sampler((4, 3, 32, 32), cond={"labels": y}, uncond={"labels": null}, seed=[1, 2, 3, 4])
@@ -68,10 +99,9 @@ class Sampler:
         max_graphs: int = 4,
         **plan_options: Any,
     ):
-        if not callable(model):
-            raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
+        check_model(model)
         self.model, self.dtype = model, dtype
-        self.schedule = schedule or _model_schedule(model)
+        self.schedule = _model_schedule(model) if schedule is None else schedule
         self.prediction = prediction or getattr(model, "prediction", None) or "epsilon"
         self.plan = self.make_plan(solver, steps, **plan_options)
         self._model_dtype = model_dtype
@@ -79,37 +109,21 @@ class Sampler:
         self.graphs = CapturedLoop("loop" if graph is True else graph, max_graphs) if graph is not False else None
 
     @property
-    def _parameter(self) -> torch.Tensor | None:
-        """The model's first parameter, which says where the model is now and in what dtype."""
-        modules = self.model.modules() if isinstance(self.model, torch.nn.Module) else ()
-        return next((p for module in modules for p in module._parameters.values() if p is not None), None)
-
-    @property
     def device(self) -> torch.device:
-        return self._device_of(self._parameter)
+        """Where the model's first parameter is now; the CPU for a model without any."""
+        parameter = first_parameter(self.model)
+        return torch.device("cpu") if parameter is None else parameter.device
 
     @property
     def model_dtype(self) -> torch.dtype:
-        return self._model_dtype or self._dtype_of(self._parameter)
-
-    @staticmethod
-    def _device_of(parameter: torch.Tensor | None) -> torch.device:
-        return torch.device("cpu") if parameter is None else parameter.device
-
-    def _dtype_of(self, parameter: torch.Tensor | None) -> torch.dtype:
+        """The dtype of the model's input."""
+        if self._model_dtype is not None:
+            return self._model_dtype
+        parameter = first_parameter(self.model)
         return self.dtype if parameter is None or not parameter.dtype.is_floating_point else parameter.dtype
 
-    def __call__(
-        self,
-        shape_or_x: Sequence[int] | torch.Tensor,
-        *,
-        x0: torch.Tensor | None = None,
-        seed: Seed | None = None,
-        guidance_scale: GuidanceScale | None = None,
-        plan: Plan | Sequence[Plan] | None = None,
-        device: torch.device | str | None = None,
-        **run_options: Any,
-    ) -> Any:
+    @takes(CallOptions)
+    def __call__(self, shape_or_x: Sequence[int] | torch.Tensor, options: CallOptions) -> Any:
         """Draw samples.
 
         Args:
@@ -119,37 +133,57 @@ class Sampler:
             guidance_scale: in place of the compiled one.
             plan: in place of the compiled one (see `make_plan`), or one for each row.
             device: where to sample, for a shape; the model's device by default.
-            run_options: see `run_plan`.
+            The others are those of `run_plan`; dtype and model_dtype are the sampler's by default.
+
+        Returns and raises what `run_plan` does.
         """
-        generator, noise = run_options.get("generator"), run_options.get("noise")
-        if generator is not None and seed is not None:
+        warn_if_training(self.model)
+        plans = self._plans(options.plan, options.guidance_scale)
+        dtype = options.dtype or self.dtype
+        begin = self._begin(plans, shape_or_x, dtype, options)
+        run = RunOptions(
+            **{field.name: getattr(options, field.name) for field in _RUN_FIELDS},
+            seed=begin.seeds if options.noise is None else None,
+            dtype=dtype,
+            model_dtype=options.model_dtype or self.model_dtype,
+        )
+
+        def eagerly() -> Any:
+            x = begin.x
+            if x is None:
+                x = self._noised(plans, _draw(begin.shape, begin.seeds, begin.device, dtype), None)
+            return run_with(plans, self.model, x, run)
+
+        if self.graphs is None:
+            return eagerly()
+        request = make_request(plans, self.model, begin.x, run, shape=begin.shape, device=begin.device)
+        return self.graphs.run(request, eagerly)
+
+    def _begin(
+        self,
+        plans: Plan | Sequence[Plan],
+        shape_or_x: Sequence[int] | torch.Tensor,
+        dtype: torch.dtype,
+        options: CallOptions,
+    ) -> Beginning:
+        generator = options.generator
+        if generator is not None and options.seed is not None:
             raise TypeError("give seed or generator, not both: either decides all noise of the run")
-        plans = self._plans(plan, guidance_scale)
-        parameter = self._parameter
-        model_dtype = self._model_dtype or self._dtype_of(parameter)
-        options = {"dtype": self.dtype, "model_dtype": model_dtype, **run_options}
-        x: torch.Tensor | None = None
         if isinstance(shape_or_x, torch.Tensor):
-            if x0 is not None or device is not None:
+            if options.x0 is not None or options.device is not None:
                 raise TypeError("x0 and device go with a shape: a tensor is x_T itself, on its own device")
-            x, shape, where = shape_or_x, tuple(shape_or_x.shape), shape_or_x.device
-        else:
-            shape = check_shape("shape", shape_or_x)
-            where = torch.device(device) if device is not None else self._device_of(parameter)
-            seeds = seed_values(seed, shape[0])
-            seed = seeds if generator is None and noise is None else None
-            if self.graphs is None or seed is None or x0 is not None:
-                x = self._first(plans, shape, seeds, where, generator, x0)
-        if self.graphs is not None:
-            fresh = {"seeds": seeds} if x is None else {"seed": seed}
-            request = make_request(plans, self.model, x, shape=shape, device=where, **fresh, **options)
-            result = self.graphs(request)
-            if result is not NotImplemented:
-                return result
-            seed = request.seeds if request.source is None else None
-        if x is None:
-            x = self._first(plans, shape, seeds, where, None, None)
-        return run_plan(plans, self.model, x, seed=seed, **options)
+            x, rows = shape_or_x, len(shape_or_x) if shape_or_x.ndim else 0
+            seeded = generator is None and options.noise is None
+            return Beginning(x, tuple(x.shape), x.device, seed_values(options.seed, rows) if seeded else None)
+        shape = check_shape("shape", shape_or_x)
+        device = torch.device(options.device) if options.device is not None else self.device
+        if generator is not None:
+            z = from_generator(generator, torch.empty(shape, dtype=dtype, device=device))(0)
+            return Beginning(self._noised(plans, z, options.x0), shape, device, None)
+        seeds = seed_values(options.seed, shape[0])
+        if self.graphs is not None and options.x0 is None and options.noise is None:
+            return Beginning(None, shape, device, seeds)  # which the graph draws
+        return Beginning(self._noised(plans, _draw(shape, seeds, device, dtype), options.x0), shape, device, seeds)
 
     def make_plan(self, solver: str, steps: int | None = None, **plan_options: Any) -> Plan:
         """Another plan for this model (see `pydiff.make_plan`): its schedule and prediction, 20 steps by default."""
@@ -184,20 +218,8 @@ class Sampler:
             self._guided[key] = (plan, guided)
         return guided
 
-    def _first(
-        self,
-        plans: Plan | Sequence[Plan],
-        shape: tuple[int, ...],
-        seeds: list[int],
-        device: torch.device,
-        generator: Any,
-        x0: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """x_T [B, *sample]: noise, or x0 at the level of the first time."""
-        if generator is None:
-            z = initial_noise(shape, row_seeds(seeds, shape[0], device), self.dtype)
-        else:
-            z = from_generator(generator, torch.empty(shape, dtype=self.dtype, device=device))(0)
+    def _noised(self, plans: Plan | Sequence[Plan], z: torch.Tensor, x0: torch.Tensor | None) -> torch.Tensor:
+        """x_T [B, *sample]: the noise z at the level of the prior, or x0 with as much of it as the first time has."""
         if x0 is None:
             return _init_std(plans, z) * z
         # Below the level of the first call, where the plan begins by churning.
@@ -205,6 +227,13 @@ class Sampler:
             raise TypeError("x0 goes with one plan: the rows of several begin at levels of their own")
         start = float(plans.times[0])
         return self.schedule.alpha(start) * _check_x0(x0, z) + self.schedule.sigma(start) * z
+
+
+_RUN_FIELDS = [f for f in dataclasses.fields(RunOptions) if f.name not in ("seed", "dtype", "model_dtype")]
+
+
+def _draw(shape: tuple[int, ...], seeds: list[int] | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return initial_noise(shape, row_seeds(seeds, shape[0], device), dtype)
 
 
 def _init_std(plans: Plan | Sequence[Plan], z: torch.Tensor) -> Any:
@@ -232,37 +261,40 @@ def sample(
 ) -> Any:
     """Draw samples of `shape` [B, *sample] from a model: a `Sampler` made and called once.
 
-    options: those of `Sampler` and `make_plan` (schedule, prediction, grid, guidance_scale, ...) and those of
-    `run_plan` (cond, uncond, callback, progress, ...).
+    Args:
+        model: any callable model(x, t, **cond), x [B, *sample] and t [B].
+        shape: [B, *sample].
+        solver, steps: a registered name, and intervals of the time grid (20 by default).
+        seed: an integer s (row k takes s + k), one for each row, or None for random ones.
+        options: those of `Sampler` and `make_plan` (schedule, prediction, grid, guidance_scale, ...) and those of a
+            sampler's call (cond, uncond, callback, progress, ...).
+
+    Returns: the samples, float32 [B, *sample] on the model's device.
+
+    Raises: TypeError or ValueError naming the argument, before the first model call; `NonFiniteError` if the model
+        returns NaN or infinity.
+
+    Example:
+        x = pydiff.sample(pydiff.load_model("mnist"), (16, 1, 28, 28), solver="unipc", steps=8, seed=0)
     """
-    calling = {k: options.pop(k) for k in list(options) if k in _CALL_OPTIONS}
+    calling = {name: options.pop(name) for name in list(options) if name in _OF_THE_CALL}
     return Sampler(model, solver, steps, **options)(shape, seed=seed, **calling)
 
 
-_CALL_OPTIONS = {
-    "x0",
-    "device",
-    "plan",
-    "noise",
-    "generator",
-    "cond",
-    "uncond",
-    "mask",
-    "known",
-    "constant",
-    "extra",
-    "callback",
-    "callback_steps",
-    "progress",
-    "return_trajectory",
-    "check_finite",
-    "hoist",
+_OF_THE_CALL = {*(field.name for field in dataclasses.fields(CallOptions)), *RENAMED} - {
+    "guidance_scale",
+    "dtype",
+    "model_dtype",
 }
+"""What `sample` hands to the call; the rest is the sampler's."""
 
 
 def _model_schedule(model: Model) -> NoiseSchedule:
     config = getattr(model, "schedule_config", None)
-    return NoiseSchedule.from_dict(config) if isinstance(config, dict) else VPLinear()
+    if isinstance(config, dict):
+        return NoiseSchedule.from_dict(config)
+    check_schedule_is_known(model)
+    return VPLinear()
 
 
 def _check_x0(x0: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -323,6 +355,8 @@ def _watched(model: Any, options: dict[str, Any]) -> Sampler:
         return model
     if all(options.get(name) is None for name in ("steps", "times", "sigmas")):
         options = {**options, "steps": STEPS}
+    if options.get("schedule") is None and not hasattr(model, "schedule_config"):
+        options = {**options, "schedule": VPLinear()}  # which one does not matter here
     return Sampler(model, **options)
 
 

@@ -215,7 +215,7 @@ def test_a_refused_output_leaves_the_state_as_it_was(name, plan) -> None:
         pydiff.step(state, outputs[name](state.model_input))
     after = state.state_dict()
     assert all(torch.equal(before["tensors"][k], after["tensors"][k]) for k in before["tensors"])
-    assert (before["steps_done"], before["total"]) == (after["steps_done"], after["total"]) == (1, 3)
+    assert (before["stages_done"], before["total"]) == (after["stages_done"], after["total"]) == (1, 3)
     pydiff.step(state, 0.5 * state.model_input)
     assert not torch.equal(state.state_dict()["tensors"]["registers"], before["tensors"]["registers"])
 

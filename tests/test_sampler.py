@@ -132,14 +132,14 @@ def test_a_callback_sees_every_stage_and_can_stop() -> None:
 @pytest.mark.parametrize("steps, expected", [(1, range(8)), (3, [2, 5, 7]), (9, [7]), ([0, 4, 99], [0, 4]), ((), [])])
 def test_a_callback_is_called_at_chosen_stages(steps, expected) -> None:
     seen = []
-    pydiff.sample(toy, SHAPE, steps=8, seed=0, callback=lambda info: seen.append(info.stage), callback_steps=steps)
+    pydiff.sample(toy, SHAPE, steps=8, seed=0, callback=lambda info: seen.append(info.stage), callback_stages=steps)
     assert seen == list(expected)
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "5", [-1], [1.0]])
 def test_stages_that_cannot_be_chosen(wrong) -> None:
-    with pytest.raises(ValueError, match="callback_steps must be a number of stages of at least 1, or stage numbers"):
-        pydiff.sample(toy, SHAPE, steps=8, callback=print, callback_steps=wrong)
+    with pytest.raises(ValueError, match="callback_stages must be a number of stages of at least 1, or stage numbers"):
+        pydiff.sample(toy, SHAPE, steps=8, callback=print, callback_stages=wrong)
 
 
 def test_another_plan_for_a_call() -> None:

@@ -12,8 +12,10 @@ from pydiff.check.fake_cuda import fake_cuda, fake_mode
 from pydiff.check.problems import Problem
 from pydiff.check.watch import Watch
 from pydiff.plans.plan import Plan
-from pydiff.run.loop import Model, caller, hoist_out, model_arguments, run
-from pydiff.run.state import init
+from pydiff.run.beginning import init
+from pydiff.run.loop import caller, hoist_out, model_arguments, run
+from pydiff.run.model import Model
+from pydiff.run.options import RunOptions
 
 STEPS = 3  # the first call may fill caches, the third has to do what the second did
 
@@ -79,7 +81,8 @@ def check_plan(
     model, x, cond, uncond, init_options = fake_cuda((model, x, cond, uncond, init_options))
     with torch.no_grad(), fake_mode():
         guided = any(p.guided for p in ([plan] if isinstance(plan, Plan) else plan))
-        arguments = model_arguments(cond, uncond, guided, x.shape[0])
+        dtype = init_options.get("model_dtype") or init_options.get("dtype") or torch.float32
+        arguments = model_arguments(RunOptions(cond=cond, uncond=uncond), guided, x.shape[0], x.device, dtype)
         state = init(plan, x, seed=0, copies=2 if guided else 1, **init_options)
         tensors = state.tensors
         try:

@@ -13,8 +13,8 @@ from pydiff.graph.request import Layout, Request
 from pydiff.ops.stage import StageTensors
 from pydiff.plans import table
 from pydiff.plans.plan import Plan
+from pydiff.run.beginning import expand_operand
 from pydiff.run.conditions import copy_into, map_tensors
-from pydiff.run.state import expand_operand
 
 _NUMPY: dict[torch.dtype, Any] = {
     torch.float32: np.float32,

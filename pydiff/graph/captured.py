@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -22,6 +21,7 @@ from pydiff.graph.warm_up import Uncapturable, check_device, warm_up
 from pydiff.ops.measured import Measured
 from pydiff.run.conditions import structure
 from pydiff.run.loop import raise_if_nonfinite
+from pydiff.run.warning import warn
 
 MODES = ("auto", "loop", "stage", "device")
 MAX_REFUSED = 64
@@ -100,15 +100,24 @@ class CapturedLoop:
         # Graphs belong to a process and a device; a copy makes its own.
         return type(self), (self.mode, self.max_graphs, self._given_backend)
 
-    def __call__(self, request: Request) -> Any:
-        """The result of a request, or `NotImplemented` where it has to run eagerly."""
+    def run(self, request: Request, eagerly: Callable[[], Any]) -> Any:
+        """The result of a request, that of `eagerly` where it cannot run as a graph."""
+        replayed = self._replay(request)
+        if replayed is None:
+            self._stats.eager += 1
+            return eagerly()
+        result, flags = replayed
+        raise_if_nonfinite(flags, request.plans, request.row_plan)  # waits for the device, and for no other thread
+        return result
+
+    def _replay(self, request: Request) -> tuple[Any, torch.Tensor | None] | None:
+        """The result and the flags of rows that were not finite; None where the loop has to run eagerly."""
         device = request.layout.device
         available, reason = self._backend.available(device)
         if not available or 0 in request.layout.shape or not request.total:
             if not available and self.mode != "auto":
                 self._warn("available", f"the loop runs without a graph: {reason}")
-            self._stats.eager += 1
-            return NotImplemented
+            return None
         if self._backend.capturing(device):
             raise RuntimeError(
                 "this sampler captures CUDA graphs, and was called while another capture is under way "
@@ -118,16 +127,14 @@ class CapturedLoop:
             # A callback may call its own sampler, whose buffers are in use.
             program = None if self._running else self._program(request)
             if program is None:
-                self._stats.eager += 1
-                return NotImplemented
+                return None
             self._running = True
             try:
-                result, flags = program.run(request)
+                replayed = program.run(request)
             finally:
                 self._running = False
             self._stats.replays += 1
-        raise_if_nonfinite(flags, request.plans, request.row_plan)  # waits for the device, and for no other thread
-        return result
+        return replayed
 
     # ------------------------------------------------------------------ which program
 
@@ -296,7 +303,7 @@ class CapturedLoop:
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(f"pydiff: {message}", stacklevel=5)
+            warn(message)
 
 
 def _run_once(program: Program, request: Request, mode: str) -> None:

@@ -26,8 +26,9 @@ from pydiff.graph.request import Request, round_up
 from pydiff.ops.noise import INITIAL_DRAW, normal
 from pydiff.ops.stage import stage
 from pydiff.plans import table
-from pydiff.run.loop import StageInfo, caller, hoist_out
-from pydiff.run.state import start
+from pydiff.run.beginning import start
+from pydiff.run.loop import caller, hoist_out
+from pydiff.run.options import StageInfo
 
 if TYPE_CHECKING:
     from pydiff.optimize.hoisting import HoistedModel

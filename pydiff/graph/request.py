@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from pydiff.plans.plan import Plan
-from pydiff.run.loop import Callback, Model, callback_stages, model_arguments
-from pydiff.run.noise_source import Noise, NoiseSource, check_only_one, from_generator, source_of
-from pydiff.run.state import Seed, check_dtypes, check_operands, check_x, distinct_plans, seed_values
+from pydiff.run.beginning import check_dtypes, check_operands, check_x, distinct_plans, seed_values
+from pydiff.run.loop import callback_stops, model_arguments
+from pydiff.run.model import Model
+from pydiff.run.noise_source import NoiseSource, check_only_one, from_generator, source_of
+from pydiff.run.options import Callback, RunOptions
 
 
 class Layout(NamedTuple):
@@ -73,50 +75,40 @@ def make_request(
     plan: Plan | Sequence[Plan],
     model: Model,
     x: torch.Tensor | None,
+    options: RunOptions,
     *,
     shape: tuple[int, ...],
     device: torch.device,
-    seed: Seed | None = None,
-    seeds: list[int] | None = None,
-    noise: Noise | None = None,
-    generator: Any = None,
-    cond: Mapping[str, Any] | None = None,
-    uncond: Mapping[str, Any] | None = None,
-    dtype: torch.dtype,
-    model_dtype: torch.dtype,
-    callback: Callback | None = None,
-    callback_steps: int | Collection[int] = 1,
-    progress: bool = False,
-    return_trajectory: bool = False,
-    check_finite: bool = True,
-    hoist: bool = True,
-    mask: torch.Tensor | None = None,
-    known: torch.Tensor | None = None,
-    constant: torch.Tensor | None = None,
-    extra: torch.Tensor | None = None,
 ) -> Request:
-    """A request out of the arguments of `run_plan`; x may be None, to be drawn in `shape` [B, *sample] on `device`.
-
-    seeds: in place of seed, what `seed_values` made of it.
-    """
-    check_only_one(seed=seed, noise=noise, generator=generator)
+    """A request out of what `run_plan` takes; x may be None, to be drawn in `shape` [B, *sample] on `device`."""
+    check_only_one(seed=options.seed, noise=options.noise, generator=options.generator)
+    dtype = options.dtype or torch.float32
+    model_dtype = options.model_dtype or dtype
     check_dtypes(dtype, model_dtype)
     device = _indexed(device)
     if x is not None:
         check_x(x)
     plans, row_plan = distinct_plans(plan, shape[0])
-    operands = {"mask": mask, "known": known, "constant": constant, "extra": extra}
+    operands = options.operands()
     check_operands(plans, **operands)
     source = None
-    if generator is not None or noise is not None:
+    if options.generator is not None or options.noise is not None:
         like = torch.empty((), dtype=dtype, device=device).expand(shape)
-        source = source_of(noise if generator is None else from_generator(generator, like), plans, like)
+        noise = options.noise if options.generator is None else from_generator(options.generator, like)
+        source = source_of(noise, plans, like)
     kept = 0 if source is None or not plans[0].num_draws else len(source.buffer)
     guided = any(p.guided for p in plans)
     present = {name: value for name, value in operands.items() if value is not None}
-    starts = any(p.start_scale != 1 or p.start_noise != 0 for p in plans)
     layout = Layout(
-        device, shape, dtype, model_dtype, 2 if guided else 1, tuple(present), round_up(kept), x is None, starts
+        device,
+        shape,
+        dtype,
+        model_dtype,
+        copies=2 if guided else 1,
+        operands=tuple(present),
+        draws=round_up(kept),
+        fresh=x is None,
+        starts=any(p.start_scale != 1 or p.start_noise != 0 for p in plans),
     )
     total = max((len(plans[k]) for k in set(row_plan)), default=0)
     return Request(
@@ -124,19 +116,19 @@ def make_request(
         model,
         plans,
         row_plan,
-        [p.indices for p in plans] if source is None else [source.indices],
-        x,
-        seeds or seed_values(seed, shape[0]),
-        source,
-        total,
-        model_arguments(cond, uncond, guided, shape[0]),
-        present,
-        callback,
-        callback_stages(callback, callback_steps, total),
-        progress,
-        return_trajectory,
-        check_finite,
-        hoist,
+        indices=[p.indices for p in plans] if source is None else [source.indices],
+        x=x,
+        seeds=seed_values(options.seed, shape[0]),
+        source=source,
+        total=total,
+        arguments=model_arguments(options, guided, shape[0], device, model_dtype),
+        operands=present,
+        callback=options.callback,
+        stops=callback_stops(options.callback, options.callback_stages, total),
+        progress=options.progress,
+        return_trajectory=options.return_trajectory,
+        check_finite=options.check_finite,
+        hoist=options.hoist,
     )
 
 

@@ -6,11 +6,28 @@ import copy
 from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from typing import Any
 
+import numpy as np
 import torch
 
 
+def model_keywords(name: str, value: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """`cond` or `uncond` as keyword arguments of the model, numpy arrays as tensors on its device.
+
+    Integers and truth values keep their dtype, floating-point numbers get that of the model's input. Tensors stay as
+    they are.
+    """
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"{name} holds a numpy array of {array.dtype}, which is no tensor; give numbers")
+        made = torch.as_tensor(array)
+        return made.to(device, dtype if made.is_floating_point() else None)
+
+    return map_leaves(check_condition(name, value), np.ndarray, tensor)
+
+
 def check_condition(name: str, value: Any) -> dict[str, Any]:
-    """`cond` or `uncond` as keyword arguments of the model."""
+    """`cond` or `uncond` as a dictionary; TypeError for what is no mapping."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -55,17 +72,22 @@ def _expand(value: torch.Tensor, rows: int, name: str) -> torch.Tensor:
 
 def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     """The same nested mappings and sequences with `function` of every tensor in them."""
-    if isinstance(value, torch.Tensor):
+    return map_leaves(value, torch.Tensor, function)
+
+
+def map_leaves(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """The same nested mappings and sequences with `function` of everything in them that is of a kind."""
+    if isinstance(value, kind):
         return function(value)
     if isinstance(value, Mapping):
-        items = {key: map_tensors(item, function) for key, item in value.items()}
+        items = {key: map_leaves(item, kind, function) for key, item in value.items()}
         if type(value) is dict or not isinstance(value, MutableMapping):
             return items
         made = copy.copy(value)  # of its own class, whose attributes a model may ask for
         made.update(items)
         return made
     if isinstance(value, (list, tuple)):
-        parts = [map_tensors(item, function) for item in value]
+        parts = [map_leaves(item, kind, function) for item in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,30 +13,16 @@ from pydiff.ops.native import is_plain
 from pydiff.ops.stage import StageTensors
 from pydiff.plans import table
 from pydiff.plans.plan import Plan
-from pydiff.run.conditions import check_condition, join
-from pydiff.run.noise_source import Noise, check_only_one, from_generator
-from pydiff.run.state import Seed, State, check_x, distinct_plans, init, nonfinite_rows, step
+from pydiff.run.beginning import check_x, distinct_plans, init
+from pydiff.run.conditions import join, model_keywords
+from pydiff.run.model import Model, check_model, warn_if_training
+from pydiff.run.noise_source import check_only_one, from_generator
+from pydiff.run.options import Callback, RunOptions, StageInfo, takes
+from pydiff.run.state import State, nonfinite_rows, step
+from pydiff.run.warning import warn
 
 if TYPE_CHECKING:
     from pydiff.optimize.hoisting import HoistedModel
-
-Model = Callable[..., torch.Tensor]
-
-
-class StageInfo(NamedTuple):
-    """What a callback is told after a stage."""
-
-    stage: int
-    """The stage just done, from 0."""
-    total: int
-    time: float
-    """The time the model was called with (in a batch of several plans: in the longest of them)."""
-    x: torch.Tensor
-    """The sample after the stage: a view that the next stage overwrites, clone it to keep it."""
-    model_output: torch.Tensor
-
-
-Callback = Callable[[StageInfo], Any]
 
 
 class NonFiniteError(RuntimeError):
@@ -54,113 +39,102 @@ class NonFiniteError(RuntimeError):
         )
 
 
-def run_plan(
-    plan: Plan | Sequence[Plan],
-    model: Model,
-    x: torch.Tensor,
-    *,
-    seed: Seed | None = None,
-    noise: Noise | None = None,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    cond: Mapping[str, Any] | None = None,
-    uncond: Mapping[str, Any] | None = None,
-    dtype: torch.dtype = torch.float32,
-    model_dtype: torch.dtype | None = None,
-    mask: torch.Tensor | None = None,
-    known: torch.Tensor | None = None,
-    constant: torch.Tensor | None = None,
-    extra: torch.Tensor | None = None,
-    callback: Callback | None = None,
-    callback_steps: int | Collection[int] = 1,
-    progress: bool = False,
-    return_trajectory: bool = False,
-    check_finite: bool = True,
-    hoist: bool = True,
-) -> Any:
+@takes(RunOptions)
+def run_plan(plan: Plan | Sequence[Plan], model: Model, x: torch.Tensor, options: RunOptions) -> Any:
     """Run a plan on a model.
 
     Args:
         plan: one plan, or one for each row.
-        model: called as model(x, t, **cond) with x [B, *sample] (twice the rows with guidance: unconditional first)
-            and t [B]; returns a tensor like x, or an object that holds it as `.sample`.
+        model: called as model(x, t, **cond) with x [copies * B, *sample] in `model_dtype` (with guidance twice the
+            rows, unconditional first) and t [copies * B]; returns a tensor like x, or an object that holds it as
+            `.sample`.
         x: x_T [B, *sample] at the plan's first noise level, left as it is.
-        seed, noise, generator: of the noise a stochastic plan adds; at most one of them. seed: an integer s (row k
-            takes s + k) or one for each row. noise: [draws, *x.shape] or a function of the draw number.
-        cond, uncond: keyword arguments of the model; uncond is needed where the plan's guidance scale is not 1.
-        dtype: float32 or float64, of the state and the arithmetic. model_dtype: of the model's input.
-        mask, known, constant, extra: see `pydiff.init`.
-        callback: called with a `StageInfo` after each stage; a true return value ends the run there.
-        callback_steps: n to call it after every n-th stage and the last, or the numbers of the stages, from 0.
-        progress: show a progress bar.
-        return_trajectory: return (x, trajectory), trajectory [stages + 1, B, *sample].
-        check_finite: raise `NonFiniteError` if the model returns NaN or infinity: at once on the CPU, at the end
-            elsewhere, so that nothing waits for the device inside the loop.
-        hoist: compute before the loop what depends on the times and the condition alone, where `pydiff.optimize` has
-            made that possible for the model. The same samples, up to the rounding of matrix products.
+        seed, noise, generator: of the noise a stochastic plan adds; at most one of them.
+        cond, uncond: keyword arguments of the model.
+        dtype, model_dtype: of the state, and of the model's input.
+        mask, known, constant, extra: the caller's tensors.
+        callback, callback_stages, progress, return_trajectory: what is seen of the run.
+        check_finite, hoist: see `pydiff.run.options.RunOptions`, which says all of these in full.
 
-    Returns: the sample, [B, *sample] in `dtype`.
+    Returns: the sample, [B, *sample] in `dtype`; with return_trajectory (sample, trajectory [stages + 1, B, *sample]).
+
+    Raises: TypeError or ValueError naming the argument, before the first model call; `NonFiniteError` if the model
+        returns NaN or infinity; what the model raises.
+
+    Example:
+        plan = pydiff.make_plan("unipc", pydiff.VPLinear(), steps=8)
+        x = pydiff.run_plan(plan, model, torch.randn(4, 3, 32, 32), cond={"labels": torch.arange(4)})
     """
-    check_only_one(seed=seed, noise=noise, generator=generator)
+    warn_if_training(model)
+    return run_with(plan, model, x, options)
+
+
+def run_with(plan: Plan | Sequence[Plan], model: Model, x: torch.Tensor, options: RunOptions) -> Any:
+    """`run_plan` with its arguments in one object."""
+    check_only_one(seed=options.seed, noise=options.noise, generator=options.generator)
+    check_model(model)
     check_x(x)
     plans, _ = distinct_plans(plan, x.shape[0])
-    if generator is not None:
-        noise = from_generator(generator, x.to(dtype))
     guided = any(p.guided for p in plans)
+    dtype = options.dtype or torch.float32
+    arguments = model_arguments(options, guided, x.shape[0], x.device, options.model_dtype or dtype)
+    noise = options.noise if options.generator is None else from_generator(options.generator, x.to(dtype))
     state = init(
         plan,
         x,
-        seed=seed,
+        seed=options.seed,
         noise=noise,
         copies=2 if guided else 1,
         dtype=dtype,
-        model_dtype=model_dtype,
-        mask=mask,
-        known=known,
-        constant=constant,
-        extra=extra,
+        model_dtype=options.model_dtype,
+        **options.operands(),
     )
-    arguments = model_arguments(cond, uncond, guided, x.shape[0])
-    stops = callback_stages(callback, callback_steps, state.total)
-    trajectory = [state.x.clone()] if return_trajectory else None
+    stops = callback_stops(options.callback, options.callback_stages, state.total)
+    trajectory = [state.x.clone()] if options.return_trajectory else None
     with torch.no_grad():
         run(
             state,
             model,
             arguments,
-            callback=callback,
+            callback=options.callback,
             stops=stops,
-            progress=progress,
+            progress=options.progress,
             trajectory=trajectory,
-            check_finite=check_finite,
-            hoist=hoist,
+            check_finite=options.check_finite,
+            hoist=options.hoist,
         )
     result = state.x.clone()  # not a view, which would keep the history in memory
     return (result, torch.stack(trajectory)) if trajectory is not None else result
 
 
 def model_arguments(
-    cond: Mapping[str, Any] | None, uncond: Mapping[str, Any] | None, guided: bool, rows: int
+    options: RunOptions, guided: bool, rows: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The model's keyword arguments for a whole run, [uncond; cond] where the plan is guided."""
-    conditional = check_condition("cond", cond)
+    """The model's keyword arguments for a whole run, [uncond; cond] where the plan is guided.
+
+    device, dtype: of the model's input, which numpy arrays of floating-point numbers get.
+    """
+    conditional = model_keywords("cond", options.cond, device, dtype)
     if not guided:
         return conditional
-    if uncond is None:
+    if options.uncond is None:
         raise TypeError("guidance_scale is not 1: give uncond=, the model's arguments of the unconditional call")
-    return join(check_condition("uncond", uncond), conditional, rows)
+    return join(model_keywords("uncond", options.uncond, device, dtype), conditional, rows)
 
 
-def callback_stages(callback: Callback | None, callback_steps: int | Collection[int], total: int) -> frozenset[int]:
+def callback_stops(callback: Callback | None, stages: int | Collection[int], total: int) -> frozenset[int]:
     """The stages after which the callback is called."""
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable with a StageInfo, got {type(callback).__name__}")
-    if isinstance(callback_steps, int) and not isinstance(callback_steps, bool) and callback_steps >= 1:
-        chosen = {*range(callback_steps - 1, total, callback_steps), total - 1}
-    elif isinstance(callback_steps, Collection) and all(isinstance(k, int) and k >= 0 for k in callback_steps):
-        chosen = {k for k in callback_steps if k < total}
+    if isinstance(stages, (int, np.integer)) and not isinstance(stages, bool) and stages >= 1:
+        chosen = {*range(int(stages) - 1, total, int(stages)), total - 1}
+    elif isinstance(stages, (Collection, np.ndarray)) and all(
+        isinstance(k, (int, np.integer)) and k >= 0 for k in stages
+    ):
+        chosen = {int(k) for k in stages if k < total}
     else:
         raise ValueError(
-            f"callback_steps must be a number of stages of at least 1, or stage numbers from 0, got {callback_steps!r}"
+            f"callback_stages must be a number of stages of at least 1, or stage numbers from 0, got {stages!r}"
         )
     return frozenset(chosen) if callback is not None else frozenset()
 
@@ -182,9 +156,9 @@ def run(
     t = state.tensors
     call = caller(t, model, arguments, hoist_out(t, model, arguments) if hoist else None)
     watched = _host_flags(state) if check_finite else None
-    with tqdm(total=state.total, initial=state.steps_done, disable=not progress, unit="call") as bar:
+    with tqdm(total=state.total, initial=state.stages_done, disable=not progress, unit="call") as bar:
         while not state.finished:
-            i = state.steps_done
+            i = state.stages_done
             x_in, version = state.model_input, _version(state)
             m = call(x_in)
             if _version(state) != version:
@@ -222,7 +196,7 @@ def hoist_out(t: StageTensors, model: Model, arguments: Mapping[str, Any]) -> Ho
     try:
         return HoistedModel(model, t.coefficients[:, table.TIME], arguments, t.copies * t.rows)
     except CannotHoist as reason:
-        warnings.warn(f"pydiff: nothing is hoisted out of the loop: {reason}", stacklevel=3)
+        warn(f"nothing is hoisted out of the loop: {reason}")
         return None
 
 

@@ -7,7 +7,6 @@ solver orders, clipping and thresholding belong to whoever builds the solver.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from pydiff.schedules.base import NoiseSchedule
 from pydiff.schedules.closed_form import EDM, DiscreteBetas, RectifiedFlow, named_betas
 from pydiff.schedules.prediction import EDMPrecond, Prediction
+from pydiff.schedules.suggestion import suggestion
 
 Config = Mapping[str, Any]
 Parsed = tuple[NoiseSchedule, str | Prediction, dict[str, Any]]
@@ -73,15 +73,19 @@ _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 _EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 
 
-def from_diffusers_config(config: Config, *, mu: float | None = None, strict: bool = False) -> Parsed:
+def from_diffusers_config(config: Config | Any, *, mu: float | None = None, strict: bool = False) -> Parsed:
     """(schedule, prediction, arguments of `make_times`) for a diffusers scheduler config.
 
-    config: as saved in scheduler_config.json; a scheduler's own `.config` has no `_class_name` before that.
+    config: as saved in scheduler_config.json, or the scheduler itself, e.g. pipe.scheduler.
     mu: the resolution-dependent shift of `use_dynamic_shifting` configs, as diffusers' set_timesteps has it.
     strict: shift flow-matching times once; by default the last time is shifted twice as diffusers does, which
     is what its models are tuned to. Times are exact floats where diffusers rounds those of sigma grids to
     integers. Raises ValueError for unknown classes and for settings without an equivalent, naming them.
     """
+    if not isinstance(config, Mapping):
+        if not isinstance(getattr(config, "config", None), Mapping):
+            raise TypeError(f"from_diffusers_config: give a scheduler or its config, got {type(config).__name__}")
+        config = {**config.config, "_class_name": type(config).__name__}
     name = config.get("_class_name")
     if name in _EDM:
         return _from_edm(config)
@@ -95,8 +99,7 @@ def from_diffusers_config(config: Config, *, mu: float | None = None, strict: bo
         schedule = _betas(config, family)
         return schedule, prediction, _index_options(config, family, schedule)
     known = [*_FAMILIES, *_FLOW, *_EDM]
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = suggestion(name, known)
     raise ValueError(
         f"from_diffusers_config: _class_name = {name!r} is not supported; known are {', '.join(known)}{hint}"
     )

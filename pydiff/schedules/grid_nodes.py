@@ -6,7 +6,6 @@ is writing such a function under `@register_grid`.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 
 from pydiff.schedules.base import Array, NoiseSchedule
 from pydiff.schedules.closed_form import VE, DiscreteBetas, RectifiedFlow
+from pydiff.schedules.suggestion import suggestion
 
 GridFunction = Callable[..., Array]
 
@@ -53,9 +53,7 @@ def lookup_grid(name: str) -> Grid:
     """The registered grid; ValueError with a suggestion for an unknown name."""
     if name in _GRIDS:
         return _GRIDS[name]
-    close = difflib.get_close_matches(str(name), _GRIDS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"grid = {name!r} is unknown; known are {', '.join(_GRIDS)}{hint}")
+    raise ValueError(f"grid = {name!r} is unknown; known are {', '.join(_GRIDS)}{suggestion(name, _GRIDS)}")
 
 
 def check_indices(schedule: NoiseSchedule, name: str, n: int) -> None:

@@ -14,13 +14,13 @@ Nothing here assumes alpha^2 + sigma^2 = 1. All functions take floats (and retur
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from typing import Any, cast
 
 import numpy as np
 
 from pydiff.schedules.base import Array, Value, number_argument
+from pydiff.schedules.suggestion import suggestion
 
 Weights = tuple[Array, Array]
 
@@ -243,6 +243,5 @@ def get_prediction(prediction: str | Prediction) -> Prediction:
         return prediction
     if prediction in _BY_NAME:
         return _BY_NAME[prediction]
-    close = difflib.get_close_matches(str(prediction), _BY_NAME, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = suggestion(prediction, _BY_NAME)
     raise ValueError(f"prediction = {prediction!r} is unknown; known are {', '.join(_BY_NAME)}{hint}")

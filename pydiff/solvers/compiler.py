@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +15,7 @@ from pydiff.plans.validation import stage_values
 from pydiff.schedules.base import NoiseSchedule
 from pydiff.schedules.closed_form import VPLinear
 from pydiff.schedules.prediction import Prediction, get_prediction
+from pydiff.schedules.suggestion import suggestion
 from pydiff.schedules.time_grid import check_times, make_times
 from pydiff.solvers.registry import Solver, get_solver
 
@@ -60,11 +61,10 @@ def make_plan(
     Raises: ValueError or TypeError naming the argument, its value and what is accepted.
     """
     entry = get_solver(solver)
-    schedule = VPLinear() if schedule is None else schedule
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule such as pydiff.VPLinear(), got {schedule!r}")
+    schedule = _check_schedule(schedule)
     prediction = get_prediction(prediction)
     _check_options(entry, options)
+    options = {name: _plain(value) for name, value in options.items()}
     ends = {"t_start": t_start, "t_end": t_end, "final_sigmas_type": final_sigmas_type}
     points = _times(schedule, steps, grid, times, sigmas, ends, grid_options)
     builder = PlanBuilder(schedule, prediction, points)
@@ -93,6 +93,16 @@ def make_plan(
     return plan if (scales == 1.0).all() else plan.with_guidance(scales)
 
 
+def _check_schedule(schedule: NoiseSchedule | None) -> NoiseSchedule:
+    if schedule is None or isinstance(schedule, NoiseSchedule):
+        return VPLinear() if schedule is None else schedule
+    remedy = ""
+    if hasattr(schedule, "config"):
+        remedy = "; for a diffusers scheduler: schedule, prediction, times = pydiff.from_diffusers_config(scheduler)"
+    given = " ".join(repr(schedule).split())
+    raise TypeError(f"schedule must be a NoiseSchedule such as pydiff.VPLinear(), got {given:.80}{remedy}")
+
+
 def _description(thing: NoiseSchedule | Prediction) -> Any:
     try:
         return thing.to_dict()
@@ -103,10 +113,15 @@ def _description(thing: NoiseSchedule | Prediction) -> Any:
 def _check_options(entry: Solver, options: dict[str, Any]) -> None:
     for name in options:
         if name not in entry.options:
-            close = difflib.get_close_matches(name, entry.options, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            mine = [*inspect.signature(make_plan).parameters][:-1]
+            hint = suggestion(name, entry.options) or suggestion(name, mine)
             accepted = ", ".join(entry.options) or "none"
             raise TypeError(f"{entry.name} has no option {name!r}{hint} (its options: {accepted})")
+
+
+def _plain(value: Any) -> Any:
+    """numpy's scalars as Python's, which a plan can be saved with."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _times(
@@ -121,20 +136,24 @@ def _times(
     if times is None and sigmas is None:
         if steps is None:
             raise TypeError("steps is missing: give steps=20, or times= or sigmas=")
-        return make_times(schedule, steps, grid, **ends, **(grid_options or {}))
+        given = {name: value for name, value in ends.items() if value is not None}
+        twice = sorted(given.keys() & (grid_options or {}).keys())
+        if twice:
+            raise TypeError(f"{', '.join(twice)} is given twice: as an argument and in grid_options")
+        return make_times(schedule, steps, grid, **given, **(grid_options or {}))
     others = {"steps": steps, "grid": grid, "grid_options": grid_options, **ends}
-    given = [name for name, value in others.items() if value is not None]
-    if given == ["steps"] and len(times if times is not None else sigmas) == steps + 1:  # type: ignore[operator]
-        given = []
-    if given:
-        raise TypeError(f"{', '.join(given)} cannot be given together with explicit times or sigmas")
+    besides = [name for name, value in others.items() if value is not None]
+    if besides == ["steps"] and len(times if times is not None else sigmas) == steps + 1:  # type: ignore[operator]
+        besides = []
+    if besides:
+        raise TypeError(f"{', '.join(besides)} cannot be given together with explicit times or sigmas")
     return check_times(schedule, times, sigmas=sigmas)
 
 
 def _check_clip(clip: float | tuple[float, float] | None) -> tuple[float, float] | None:
     if clip is None:
         return None
-    bounds = (-clip, clip) if isinstance(clip, (int, float)) else tuple(clip)
+    bounds = (-float(clip), float(clip)) if isinstance(clip, (int, float, np.generic)) else tuple(clip)
     if len(bounds) != 2 or not bounds[0] < bounds[1]:
         raise ValueError(f"clip must be (low, high) with low < high, or a positive number, got {clip!r}")
     return float(bounds[0]), float(bounds[1])

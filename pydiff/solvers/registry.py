@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from pydiff.schedules.suggestion import suggestion
 
 SolverFunction = Callable[..., None]
 
@@ -76,9 +77,10 @@ def get_solver(name: str) -> Solver:
     """The solver of that name. Raises ValueError with a suggestion if there is none."""
     if name in _SOLVERS:
         return _SOLVERS[name]
-    close = difflib.get_close_matches(str(name).lower(), _SOLVERS, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ValueError(f"solver must be one of the registered names, got {name!r}; {hint}known: {', '.join(_SOLVERS)}")
+    raise ValueError(
+        f"solver must be one of the registered names, got {name!r}{suggestion(name, _SOLVERS)}; "
+        f"known: {', '.join(_SOLVERS)}"
+    )
 
 
 def list_solvers() -> list[Solver]:

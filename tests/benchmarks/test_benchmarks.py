@@ -227,7 +227,7 @@ def test_every_loop_that_is_timed_makes_all_its_steps():
                 if entry.before:
                     entry.before()
                 state = entry.run()
-                assert state.steps_done == entry.per and torch.equal(state.tensors.cursor, state.tensors.stop)
+                assert state.stages_done == entry.per and torch.equal(state.tensors.cursor, state.tensors.stop)
 
 
 def test_an_unknown_shape_and_a_missing_device_are_refused(monkeypatch):

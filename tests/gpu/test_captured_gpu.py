@@ -125,7 +125,7 @@ def test_callbacks_cut_the_loop(model):
         captured, eager = pair(model, mode, steps=9)
         seen: list[torch.Tensor] = []
         for sampler in (captured, eager):
-            sampler(SHAPE, seed=SEEDS, callback=partial(note, seen), callback_steps=4)
+            sampler(SHAPE, seed=SEEDS, callback=partial(note, seen), callback_stages=4)
         assert len(seen) == 6 and all(torch.equal(a, b) for a, b in zip(seen[:3], seen[3:]))
 
 

@@ -174,7 +174,7 @@ def test_callbacks_previews_and_progress(mode, capsys) -> None:
 
     s = sampler(mode, "dpmpp_2m", 9)
     for steps in (1, 4, [0, 5], 100, []):
-        check(s, seed=SEEDS, callback=note, callback_steps=steps, progress=True)
+        check(s, seed=SEEDS, callback=note, callback_stages=steps, progress=True)
         ours, theirs = seen[: len(seen) // 2], seen[len(seen) // 2 :]
         assert len(ours) == len(theirs)
         for a, b in zip(ours, theirs):
@@ -193,16 +193,16 @@ def test_a_loop_is_cut_at_the_chosen_stages() -> None:
     for _ in range(2):
         stages.clear()
         before = sum(g.replays for g in backend.graphs)
-        s(SHAPE, seed=SEEDS, callback=lambda info: stages.append(info.stage), callback_steps=4)
+        s(SHAPE, seed=SEEDS, callback=lambda info: stages.append(info.stage), callback_stages=4)
         assert stages == [3, 7, 11]
     assert sum(g.replays for g in backend.graphs) == before + 3  # one launch a stretch
     made = len(backend.graphs)
     for k in range(2, 12):  # stretches of many lengths are not all captured
-        s(SHAPE, seed=SEEDS, callback=lambda info: None, callback_steps=[k])
+        s(SHAPE, seed=SEEDS, callback=lambda info: None, callback_stages=[k])
     assert s.stats().graphs <= 2 + 8
     made = len(backend.graphs)
     for k in range(2, 12):
-        check(s, seed=SEEDS, callback=lambda info: None, callback_steps=[k])
+        check(s, seed=SEEDS, callback=lambda info: None, callback_stages=[k])
     assert len(backend.graphs) == made
 
 

@@ -169,7 +169,7 @@ def test_a_callback_that_changes_the_model_is_noticed_at_the_next_call() -> None
     def halve(info) -> None:
         s.model.scale = 0.5
 
-    s(SHAPE, seed=SEEDS, callback=halve, callback_steps=[4])
+    s(SHAPE, seed=SEEDS, callback=halve, callback_stages=[4])
     with pytest.warns(UserWarning, match="scale: 1.0 became 0.5"):
         check(s, seed=SEEDS)
 

@@ -259,9 +259,9 @@ def test_errors_of_the_call_come_before_any_work() -> None:
         ({"uncond": 3}, "uncond must be a mapping"),
         ({"uncond": {}, "seed": [1]}, "seed must be one integer or one for each"),
         ({"uncond": {}, "callback": 3}, "callback must be callable"),
-        ({"uncond": {}, "callback": print, "callback_steps": 0}, "callback_steps must be"),
+        ({"uncond": {}, "callback": print, "callback_stages": 0}, "callback_stages must be"),
         ({"uncond": {}, "plan": "ddim"}, "plan must be a Plan"),
-        ({"uncond": {}, "masks": torch.ones(1)}, "unexpected keyword argument 'masks'"),
+        ({"uncond": {}, "masks": torch.ones(1)}, "no argument 'masks'; did you mean 'mask'"),
     ]:
         with pytest.raises((TypeError, ValueError), match=message):
             s(SHAPE, **options)

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pydiff
+from pydiff.ops.noise import normal
 from pydiff.plans import table
 from pydiff.plans.base import PlanError
 from pydiff.plans.builder import PlanBuilder
@@ -163,7 +164,7 @@ def test_renoise_at_the_start_and_in_the_middle() -> None:
     # ((0.5 * 8 + 3 * 10) + 1) * 2 + 5 * 100 + 7
     assert run(plan, 8.0, [1, 7], [10, 100])[0] == 577
     state = pydiff.init(plan, torch.zeros(2, 3), seed=4)
-    assert torch.equal(state.x, 3 * pydiff.run.state.normal(torch.tensor([4, 5]), 0, (3,)))
+    assert torch.equal(state.x, 3 * normal(torch.tensor([4, 5]), 0, (3,)))
 
 
 def test_a_start_has_one_draw_and_it_is_the_first() -> None:

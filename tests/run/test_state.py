@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pydiff
-from pydiff.run.state import State, row_seeds
+from pydiff.run.beginning import row_seeds
+from pydiff.run.state import State
 
 SHAPE = (3, 5)
 PLANS = [
@@ -60,7 +61,7 @@ def test_the_loop_by_hand_is_run_plan(solver, dtype) -> None:
     before = x.clone()
     state = pydiff.init(plan, x, seed=3, dtype=dtype)
     assert torch.equal(finish(state), pydiff.run_plan(plan, toy, x, seed=3, dtype=dtype))
-    assert torch.equal(x, before) and state.x.dtype == dtype and state.steps_done == len(plan)
+    assert torch.equal(x, before) and state.x.dtype == dtype and state.stages_done == len(plan)
     assert not torch.equal(state.x.to(x.dtype), before)
 
 
@@ -69,7 +70,7 @@ def test_what_a_state_shows() -> None:
     assert state.stage.tolist() == [0, 0] and state.total == 7 and not state.finished
     assert torch.equal(state.model_input, state.x) and torch.equal(state.model_time, torch.ones(2))
     advance(state, 2)
-    assert state.stage.tolist() == [2, 2] and state.steps_done == 2
+    assert state.stage.tolist() == [2, 2] and state.stages_done == 2
     torch.testing.assert_close(state.model_time, torch.full((2,), PLANS[0].model_times[2], dtype=torch.float32))
 
 
@@ -110,7 +111,7 @@ def test_a_saved_state_goes_on_with_the_same_bits(at, noise) -> None:
     expected = finish(state)
     file.seek(0)
     restored = State.from_state_dict(torch.load(file, weights_only=True))
-    assert restored.steps_done == at and restored.plans == state.plans
+    assert restored.stages_done == at and restored.plans == state.plans
     assert torch.equal(finish(restored), expected)
 
 
@@ -179,7 +180,7 @@ def test_a_row_joins_where_another_has_finished() -> None:
     kept = state.x[0].clone()
     finish(state)
     assert torch.equal(state.x[1:], pydiff.run_plan(PLANS[0], toy, noisy(1, 8), seed=[6]))
-    assert torch.equal(state.x[0], kept) and state.steps_done == 14
+    assert torch.equal(state.x[0], kept) and state.stages_done == 14
 
 
 def moving(**changes):
@@ -219,7 +220,7 @@ def test_a_raising_model_can_be_called_again() -> None:
         state, failures = pydiff.init(plan, noisy(2), seed=3, copies=2), 0
         while not state.finished:
             m = guided(state.model_input, state.model_time)
-            if state.steps_done % 2 == 0 and failures <= state.steps_done:
+            if state.stages_done % 2 == 0 and failures <= state.stages_done:
                 failures += 1
                 with pytest.raises(ValueError, match="shape"):
                     pydiff.step(state, m[:1])
