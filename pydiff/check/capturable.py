@@ -88,7 +88,7 @@ def check_plan(
         try:
             call = caller(tensors, model, arguments, hoist_out(tensors, model, arguments))
             with watch:
-                run(state, watch.model(lambda x, t: call(x)), {}, check_finite=False, hoist=False)
+                run(state, watch.model(lambda x, t: call(x)), {}, RunOptions(check_finite=False, hoist=False))
         except Exception as error:  # whatever the model raises on fake tensors is a finding
             watch.failed(error)
             stopped_by = f"{type(error).__name__}: {error}"

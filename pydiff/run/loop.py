@@ -89,20 +89,9 @@ def run_with(plan: Plan | Sequence[Plan], model: Model, x: torch.Tensor, options
         model_dtype=options.model_dtype,
         **options.operands(),
     )
-    stops = callback_stops(options.callback, options.callback_stages, state.total)
     trajectory = [state.x.clone()] if options.return_trajectory else None
     with torch.no_grad():
-        run(
-            state,
-            model,
-            arguments,
-            callback=options.callback,
-            stops=stops,
-            progress=options.progress,
-            trajectory=trajectory,
-            check_finite=options.check_finite,
-            hoist=options.hoist,
-        )
+        run(state, model, arguments, options, trajectory)
     result = state.x.clone()  # not a view, which would keep the history in memory
     return (result, torch.stack(trajectory)) if trajectory is not None else result
 
@@ -143,20 +132,17 @@ def run(
     state: State,
     model: Model,
     arguments: Mapping[str, Any],
-    *,
-    callback: Callback | None = None,
-    stops: Collection[int] = (),
-    progress: bool = False,
+    options: RunOptions,
     trajectory: list[torch.Tensor] | None = None,
-    check_finite: bool = True,
-    hoist: bool = True,
 ) -> None:
-    """Advance `state` to the end of its plans (or until the callback says stop)."""
+    """Advance `state` to the end of its plans (or until the callback says stop), x after each stage to `trajectory`."""
+    callback, check_finite = options.callback, options.check_finite
+    stops = callback_stops(callback, options.callback_stages, state.total)
     plan = max(state.plans, key=len)
     t = state.tensors
-    call = caller(t, model, arguments, hoist_out(t, model, arguments) if hoist else None)
+    call = caller(t, model, arguments, hoist_out(t, model, arguments) if options.hoist else None)
     watched = _host_flags(state) if check_finite else None
-    with tqdm(total=state.total, initial=state.stages_done, disable=not progress, unit="call") as bar:
+    with tqdm(total=state.total, initial=state.stages_done, disable=not options.progress, unit="call") as bar:
         while not state.finished:
             i = state.stages_done
             x_in, version = state.model_input, _version(state)

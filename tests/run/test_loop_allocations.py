@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pydiff
 from pydiff.ops.native import available
 from pydiff.run import loop
+from pydiff.run.options import RunOptions
 
 pytestmark = pytest.mark.skipif(not available("stage", torch.device("cpu"))[0], reason="needs the compiled stage")
 SHAPE = (2, 3, 8, 8)
@@ -43,7 +44,7 @@ def after_warm_up(plan: pydiff.Plan, callback: Any = None, **options: Any) -> li
     state = pydiff.init(plan, torch.randn(SHAPE), seed=1, **options)
     arguments = {"labels": torch.zeros(4)} if plan.guided else {}
     with torch.no_grad(), made:
-        loop.run(state, made.model, arguments, callback=callback, stops=range(99))
+        loop.run(state, made.model, arguments, RunOptions(callback=callback))
     assert made.calls == len(plan)
     return [name for name in made.names if 1 < name[0] < len(plan)]
 
