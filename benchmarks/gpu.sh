@@ -61,7 +61,7 @@ if [ -n "$WHEELS" ]; then
 fi
 step build 70 "$PYTHON -m pip install -q --no-build-isolation --no-deps --no-index -e . \
 || $PYTHON setup.py -q build_ext --inplace"
-step info 15 "$PYTHON -m pydiff.cli.info"
+step info 15 "$PYTHON -m pydiff.info"
 step tests 150 "$PYTHON -m pytest -q -m gpu -p no:cacheprovider"
 step loop 100 "$PYTHON -m benchmarks.loop --device cuda --seconds @SECONDS@ --out '$OUT'"
 step kernels 60 "$PYTHON -m benchmarks.kernels --device cuda --seconds @SECONDS@ --out '$OUT'"
