@@ -5,14 +5,14 @@ anew by every replay, and so is all that lies in the loop's own buffers; everyth
 remembers it and compares before each replay: storage and dtype of every parameter and buffer, which modules there are,
 their hooks, and the plain attributes (numbers, flags, LoRA scales) of modules and of the objects they hold.
 
-Not seen: what lies deeper in objects than `DEPTH`, slots, class attributes, arrays written in place, and the global
-variables of functions that the model's own function calls.
+Not seen: what lies deeper in objects than `DEPTH`, containers of more than `LONGEST` entries, slots, class attributes,
+arrays written in place, and the global variables of functions that the model's own function calls.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import compress
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pydiff.check.references import closure_values, global_values
 
 DEPTH = 4
+"""How many objects and containers, one in the other, are looked into below a module, a model or the condition."""
 LONGEST = 1000
 """Longer containers are no settings, and are not looked into."""
 _DTYPE = operator.attrgetter("dtype")
@@ -32,6 +33,7 @@ _SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torc
 _CALLABLES = (BuiltinFunctionType, FunctionType, MethodType, ModuleType)
 # Of torch's own entries in a module's `__dict__`, those that change what a call does.
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
+_FUNCTION = ("__code__", "__defaults__", "__kwdefaults__")
 _WATCHED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
 
@@ -146,8 +148,8 @@ class Guard:
                 self._visit(f"{name}.{key}", tensor, depth)
         elif isinstance(value, nn.Module):
             self._visit_module(name, value)
-        elif depth > 0 and _length(value) <= LONGEST:
-            if isinstance(value, (dict, list, set)):
+        elif depth >= 0 and _length(value) <= LONGEST:
+            if isinstance(value, (dict, list, set, deque)):
                 self._watch(name, value)
             for label, item in _parts(name, value):
                 self._visit(label, item, depth - 1)
@@ -161,6 +163,7 @@ class Guard:
 
     def _visit_function(self, name: str, function: FunctionType, depth: int) -> None:
         """Its closure and its defaults, and what it uses of the variables of its file, functions and types aside."""
+        self._fields.append(_Field(name, [*_FUNCTION], operator.attrgetter(*_FUNCTION), function))
         if function.__closure__:
             self._fields.append(_Field(name, list(closure_values(function)), _closure, function))
         used = {n: v for n, v in global_values(function).items() if not isinstance(v, (type, *_CALLABLES))}
@@ -188,9 +191,7 @@ class Guard:
                 self._watch(name, container)
             else:
                 self._empty.append((name, container))
-        cls: Any = type(module)
-        constant = _constants(cls)
-        self._watch_fields(name, own, [key for key in own if key not in _OF_TORCH and key not in constant], DEPTH)
+        self._watch_fields(name, own, [key for key in own if key not in _OF_TORCH], DEPTH)
         for group in _WATCHED:
             for key, item in own[group].items():
                 self._visit(f"{name}.{key}", item, DEPTH)
@@ -208,13 +209,6 @@ class Guard:
             self._fields.append(_Field(name, plain, operator.itemgetter(*plain), holder))
         for key in (key for key in keys if isinstance(holder[key], Tensor)):
             self._fields.append(_Field(f"{name}.{key}", [], partial(_identity, key), holder))
-
-
-@functools.cache
-def _constants(cls: Any) -> frozenset[str]:
-    """The attributes that torch's own layers declare never to change: strides, numbers of channels."""
-    of_torch = [base for base in cls.__mro__ if base.__module__.startswith("torch.nn.modules.")]
-    return frozenset(name for base in of_torch for name in vars(base).get("__constants__", ()))
 
 
 class _Field(NamedTuple):
@@ -267,7 +261,7 @@ def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """What a container, function, partial or bound method holds."""
     if isinstance(value, dict):
         yield from ((f"{name}[{key!r:.40}]", item) for key, item in list(value.items()))
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
         yield from ((f"{name}[{k}]", item) for k, item in enumerate(value))
     elif isinstance(value, partial):
         yield from _parts(name, [value.func, *value.args, *value.keywords.values()])

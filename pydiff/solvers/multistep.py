@@ -70,7 +70,7 @@ def leave_pure_noise(b: PlanBuilder, s: Point, t: Point) -> None:
     """The step from alpha = 0 for a solver of epsilon, which tells nothing of x0 there: of first order, in x0."""
     d = b.call(s, "sample")
     step = Transfer(s, t, "sample")
-    b.write(x=step.carry * b.x + step.phi(0) * d, push=b.x / s.sigma)
+    b.write(x=step.carry * b.x + step.phi(0) * d)
 
 
 def multistep(

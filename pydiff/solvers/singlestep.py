@@ -19,12 +19,12 @@ def blocks(b: PlanBuilder, order: int, nodes: str) -> list[list[Point]]:
     nodes "log_snr": a step is one interval of the grid with inner nodes at equal distances in log-SNR (2206.00927,
     Alg. 1 and 2: r = 1/2; 1/3 and 2/3). "grid": a step spans `order` intervals and its inner nodes are the grid's
     own, so that n intervals cost n calls; the remainder of n by order is taken with lower orders (as diffusers does).
-    A step to sigma = 0 is of first order, and so is one from pure noise.
+    A step to sigma = 0 is of first order and spans one interval, and so is one from pure noise.
     """
     if nodes not in NODES:
         raise ValueError(f"nodes must be one of {', '.join(NODES)}, got {nodes!r}")
     if nodes == "grid":
-        orders = _grid_orders(b.steps, order, b.points[-1].sigma == 0)
+        orders = _grid_orders(b.steps, order, b.points[0].alpha == 0, b.points[-1].sigma == 0)
         starts = accumulate(orders, initial=0)
         return [b.points[i : i + k + 1] for i, k in zip(starts, orders)]
     result = []
@@ -35,9 +35,9 @@ def blocks(b: PlanBuilder, order: int, nodes: str) -> list[list[Point]]:
     return result
 
 
-def _grid_orders(steps: int, order: int, clean_end: bool) -> list[int]:
-    full, rest = divmod(steps, order)
-    orders = [order] * full + ([rest] if rest else [])
+def _grid_orders(steps: int, order: int, noisy_start: bool, clean_end: bool) -> list[int]:
+    full, rest = divmod(steps - noisy_start, order)
+    orders = [1] * noisy_start + [order] * full + ([rest] if rest else [])
     if clean_end and orders[-1] > 1:
         orders[-1:] = [orders[-1] - 1, 1]
     return orders

@@ -139,6 +139,7 @@ def row_program(t: StageTensors, b: int) -> tuple[list[float], list[int], list[d
     """Coefficients, indices, and for each output that has a target its operands with their weights."""
     c, index = t.coefficients[int(t.cursor[b])].tolist(), t.indices[int(t.cursor[b])].tolist()
     absent = {table.CONSTANT: t.constant is None, table.EXTRA: t.extra is None}
+    absent |= {table.SLOT + k: True for k in range(t.registers.shape[0] - 1, table.NUM_SLOTS)}
     outputs: list[dict[int, float]] = []
     for k in range(3):
         weights = c[k * table.NUM_OPERANDS : (k + 1) * table.NUM_OPERANDS]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import gc
-import pickle
 import random
 from dataclasses import replace
 
@@ -17,7 +14,7 @@ from pydiff.ops import native
 from pydiff.ops import stage as stage_module
 from pydiff.ops.stage import StageTensors, stage, stage_reference
 from pydiff.plans import table
-from tests.ops.stage_cases import LAYOUTS, OPTIONAL, Options, check, lay_out, make_case, move
+from tests.ops.stage_cases import LAYOUTS, OPTIONAL, Options, check, make_case, move
 
 HAVE_NATIVE, _ = native.available("stage", torch.device("cpu"))
 compiled_only = pytest.mark.skipif(not HAVE_NATIVE, reason="no compiled code")
@@ -126,6 +123,31 @@ def test_nothing_to_do(backend, options):
 def test_random_programs(backend, **options):
     seed = options.pop("seed")
     run(backend, seed, Options(**options))
+
+
+OUTSIDE = (-(2**31), -7, -2, 2, 3, 4, 5, 100, 2**31 - 1)  # with two slots
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slots_that_are_not_there_are_neither_written_nor_read(backend, dtype):
+    """Rows beside each other in one table, one of whose slots, both or none exist, and weights on absent ones."""
+    pairs = [(a, b) for a in (-1, 0, 1, *OUTSIDE) for b in (-1, 0, 1, *OUTSIDE)]
+    t, m = make_case(5, Options(rows=len(pairs), dtype=dtype, copies=2, sample=(3, 7)), poison=False)
+    stages = len(pairs)
+    t.indices = t.indices[:1].expand(stages, -1).clone()
+    t.indices[:, : table.DRAW0] = torch.tensor(pairs, dtype=torch.int32)
+    t.coefficients = t.coefficients[torch.arange(stages) % len(t.coefficients)].clone()
+    weights = t.coefficients[:, : 3 * table.NUM_OPERANDS].view(stages, 3, table.NUM_OPERANDS)
+    weights[:, :, table.SLOT + 2 : table.D] = 0.5
+    weights[:, :, table.SLOT : table.SLOT + 2], weights[:, :, table.D] = 0.75, -0.25
+    t.cursor, t.stop = torch.arange(stages, dtype=torch.int32), torch.full((stages,), stages, dtype=torch.int32)
+    memory = torch.full((12, *t.registers.shape[1:]), 3.0, dtype=dtype)  # more of it on both sides of the registers
+    memory[4:7] = t.registers
+    t.registers = memory[4:7]
+    before = move(t, "cpu")
+    backend(t, m)
+    check(before, m, t, reference_noise=backend is stage_reference)
+    assert (memory[:4] == 3).all() and (memory[7:] == 3).all()
 
 
 def test_several_stages_in_a_row(backend):
@@ -305,14 +327,16 @@ def test_half_precision_conversions_are_exactly_torchs():
         native._C.select_isa(ISAS[0])
 
 
-@pytest.mark.parametrize("column", [0, table.D, table.OUTPUT + 1, table.GUIDANCE, table.CLIP + 1, table.INPUT_SCALE])
+@pytest.mark.parametrize(
+    "column", [table.X, table.D, table.OUTPUT + 1, table.GUIDANCE, table.CLIP + 1, table.INPUT_SCALE]
+)
 def test_a_wrong_coefficient_would_be_seen(column):
     """The control: one part in 100,000 on one coefficient breaks the bound."""
     t, m = make_case(2, Options(copies=2), poison=False)
     t.cursor.zero_()
     t.stop.fill_(7)
     c = t.coefficients
-    c[:, 0], c[:, table.D], c[:, table.OUTPUT + 1], c[:, table.GUIDANCE] = 0.7, 0.8, 1.3, 3.0
+    c[:, table.X], c[:, table.D], c[:, table.OUTPUT + 1], c[:, table.GUIDANCE] = 0.7, 0.8, 1.3, 3.0
     c[:, table.CLIP], c[:, table.CLIP + 1] = -0.7, 1.1
     before = move(t, "cpu")
     c[:, column] *= 1 + 1e-5
@@ -335,100 +359,6 @@ def test_a_model_that_returns_its_own_input_or_a_register(backend):
         before, m_before = move(t, "cpu"), m.clone()
         backend(t, m)
         check(before, m_before, t, reference_noise=backend is stage_reference)
-
-
-@compiled_only
-class TestBinding:
-    """What the fast path keeps between stages, and when it lets go."""
-
-    def case(self, **options):
-        t, m = make_case(6, Options(**options), poison=False)
-        t.cursor.zero_()
-        t.stop.fill_(7)
-        return t, m
-
-    def step_checked(self, t, m):
-        before = move(t, "cpu")
-        stage(t, m)
-        check(before, m, t)
-
-    def test_it_is_kept_while_nothing_moves(self):
-        t, m = self.case()
-        stage(t, m)
-        bound = t._bound
-        stage(t, m.clone())
-        assert bound is not None and t._bound is bound
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            lambda m: m.double(),
-            lambda m: m.bfloat16(),
-            lambda m: lay_out(m, "transposed"),
-            lambda m: lay_out(m, "sliced"),
-            lambda m: m.clone().requires_grad_(),
-            lambda m: torch.nn.Parameter(m),
-            lambda m: m.as_subclass(Labelled),
-            lambda m: torch.complex(torch.zeros_like(m), -m).conj().imag,
-        ],
-    )
-    def test_another_kind_of_model_output(self, change):
-        t, m = self.case()
-        stage(t, m)
-        self.step_checked(t, change(m))
-        self.step_checked(t, m)
-
-    def test_a_negated_view_with_the_strides_of_a_plain_one(self):
-        t, m = self.case()
-        pair = torch.complex(m, m)
-        for part in (pair.imag, pair.conj().imag, pair.imag):
-            self.step_checked(t, part)
-
-    @pytest.mark.parametrize("name", ["registers", "model_input", "cursor", "seeds", "coefficients", "nonfinite"])
-    def test_a_replaced_tensor(self, name):
-        t, m = self.case()
-        stage(t, m)
-        setattr(t, name, getattr(t, name).clone())
-        gc.collect()
-        assert t._bound is None
-        self.step_checked(t, m)
-
-    @pytest.mark.parametrize("name", ["registers", "model_input", "cursor", "coefficients"])
-    def test_a_tensor_given_new_memory_behind_our_back(self, name):
-        t, m = self.case(sample=(1000,))
-        stage(t, m)
-        tensor = getattr(t, name)
-        tensor.set_(tensor.clone())
-        self.step_checked(t, m)
-
-    def test_removed_and_added_operands(self):
-        t, m = self.case(present=("constant", "mask"))
-        self.step_checked(t, m)
-        t.constant = t.mask = None
-        self.step_checked(t, m)
-        t.extra = torch.randn(4, 1, 1, 1).expand(4, 3, 5, 7)
-        self.step_checked(t, m)
-
-    def test_copies_share_nothing(self):
-        t, m = self.case()
-        stage(t, m)
-        for other in (copy.deepcopy(t), pickle.loads(pickle.dumps(t)), replace(t, registers=t.registers.clone())):
-            held = t.registers.clone()
-            other.cursor = other.cursor.clone()
-            other.registers = other.registers.clone()
-            self.step_checked(other, m)
-            assert torch.equal(held, t.registers)
-
-    def test_more_dimensions_than_the_loops_take(self, monkeypatch):
-        monkeypatch.setattr(native, "_warned", set())
-        t, m = self.case(sample=(2,) * 8)
-        m = torch.zeros(4, *(3,) * 8)[(slice(None), *(slice(0, 3, 2),) * 8)].copy_(m)
-        with pytest.warns(UserWarning, match="too many dimensions"):
-            self.step_checked(t, m)
-
-
-class Labelled(torch.Tensor):
-    """A subclass as image libraries have them."""
 
 
 def test_the_reference_runs_where_compiled_code_is_turned_off(monkeypatch):

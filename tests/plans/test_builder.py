@@ -133,7 +133,7 @@ def test_what_nobody_reads_is_not_kept() -> None:
     for point in b.points[:2]:
         b.write(x=b.call(point), push=b.x, base=b.x)
     plan = b.build("forgetful")
-    assert plan.num_slots == 0 and (plan.indices[:, :2] == -1).all()
+    assert plan.num_slots == 0 and (plan.indices[:, table.WRITE_A : table.WRITE_B + 1] == -1).all()
 
 
 def test_stages_share_a_draw() -> None:
@@ -196,11 +196,18 @@ def test_a_stage_with_two_draws_has_none_for_a_known_region() -> None:
         b.build("noisy", known=True)
 
 
+def pushed(b: PlanBuilder) -> None:
+    b.write(x=b.x, push=b.call(b.points[0]))
+
+
 MISUSE = {
     "call twice": (lambda b: (b.call(b.points[0]), b.call(b.points[1])), "before the previous stage was closed"),
     "write first": (lambda b: b.write(x=b.x), r"write\(\) without call"),
     "write twice": (lambda b: (b.write(x=b.call(b.points[0])), b.write(x=b.x)), r"write\(\) without call"),
-    "too far back": (lambda b: b.history(1), r"history\(1\) asked for with 0 entries"),
+    "nothing pushed": (lambda b: b.history(1), r"history\(1\) asked for with 0 entries"),
+    "too far back": (lambda b: (pushed(b), b.history(2)), r"history\(2\) asked for with 1 entries"),
+    "own push": (lambda b: (pushed(b), b.history(0)), r"history\(0\) asked for with 1 entries"),
+    "to come": (lambda b: (pushed(b), b.history(-1)), r"history\(-1\) asked for with 1 entries"),
     "no stages": (lambda b: b.build("none"), "at least one stage"),
     "not closed": (lambda b: (b.call(b.points[0]), b.build("open")), r"closed by write\(\)"),
     "base unset": (

@@ -40,8 +40,8 @@ def changed(plan: Plan, name: str, at, value) -> Plan:
 
 WEIGHT_OF_H0 = (0, table.SLOT)  # stage 0 reads slot 0
 INVALID = {
-    "not finite": (lambda p: changed(p, "coefficients", (2, 0), math.nan), "stage 2 .* not finite"),
-    "infinite weight": (lambda p: changed(p, "coefficients", (1, 7), math.inf), "stage 1 .* not finite"),
+    "not finite": (lambda p: changed(p, "coefficients", (2, table.X), math.nan), "stage 2 .* not finite"),
+    "infinite weight": (lambda p: changed(p, "coefficients", (1, table.M), math.inf), "stage 1 .* not finite"),
     "nan bound": (lambda p: changed(p, "coefficients", (1, table.CLIP), math.nan), "not finite"),
     "slot too early": (lambda p: changed(p, "coefficients", WEIGHT_OF_H0, 1.0), "stage 0 reads slot 0"),
     "slot out of range": (lambda p: changed(p, "indices", (3, table.WRITE_A), 7), r"stage 3 writes slots \[7, 0\]"),
@@ -49,7 +49,7 @@ INVALID = {
     "unnamed draw": (lambda p: changed(p, "coefficients", (4, table.Z1), 0.5), "stage 4 uses draw z1"),
     "unnamed known draw": (lambda p: changed(p, "coefficients", (4, table.KNOWN + 1), 0.5), "stage 4 uses draw z0"),
     "columns": (lambda p: replace(p, coefficients=p.coefficients[:, :-1]), r"coefficients has shape \(6, 47\)"),
-    "index columns": (lambda p: replace(p, indices=p.indices[:, :2]), "indices has shape"),
+    "index columns": (lambda p: replace(p, indices=p.indices[:, : table.DRAW0]), "indices has shape"),
     "alpha": (lambda p: replace(p, alpha=p.alpha[:-1]), r"alpha has shape \(6,\), expected \(7,\)"),
     "nan sigma": (lambda p: changed(p, "sigma", 2, math.nan), "sigma holds"),
     "nan time": (lambda p: changed(p, "times", 2, math.nan), "times holds"),

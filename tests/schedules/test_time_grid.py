@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import numpy as np
@@ -14,6 +15,7 @@ from pydiff.schedules.from_callable import FromLogSNR
 from pydiff.schedules.from_config import from_diffusers_config
 from pydiff.schedules.prediction import EDMPrecond
 from pydiff.schedules.time_grid import check_times, list_grids, make_times
+from pydiff.solvers.compiler import make_plan
 
 DISCRETE = DiscreteBetas.named("scaled_linear", 1000, 0.00085, 0.012)
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -102,6 +104,40 @@ def test_flow_grids() -> None:
     np.testing.assert_allclose(make_times(flow, 4), flow.shift_time(np.linspace(1, 0, 5)), atol=1e-15)
     ended = make_times(flow, 4, t_end=0.01)
     assert ended[-2:].tolist() == [0.01, 0.0] and ended.size == 5
+
+
+@pytest.mark.parametrize("grid", [g for g in list_grids() if g not in INDEX_GRIDS])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_both_ends_may_lie_between_indices_and_anywhere_else(schedule, grid) -> None:
+    start, end = (schedule.t_of_log_snr(level) for level in (-1.9, 2.1))
+    assert start % 1 and end % 1
+    for n in (1, 2, 7):
+        ends = {"t_start": start, "t_end": end}
+        noisy = make_times(schedule, n, grid, final_sigmas_type="sigma_min", **ends)
+        clean = make_times(schedule, n, grid, final_sigmas_type="zero", **ends)
+        assert (noisy[0], noisy[-1], noisy.size) == (start, end, n + 1)
+        assert (clean[0], clean[-1], clean.size) == (start, schedule.clean_time, n + 1)
+        if n > 1 and grid != "sgm_uniform":  # whose clean time takes the place of t_end
+            assert clean[-2] == end
+            np.testing.assert_array_equal(
+                clean[:-1], make_times(schedule, n - 1, grid, final_sigmas_type="sigma_min", **ends)
+            )
+        for final, times in (("sigma_min", noisy), ("zero", clean)):
+            plan = make_plan("ddim", schedule, n, grid=grid, final_sigmas_type=final, **ends)
+            np.testing.assert_array_equal(plan.times, times)
+            np.testing.assert_array_equal(plan.alpha, schedule.alpha(times))
+
+
+def test_one_end_alone_may_be_given() -> None:
+    for ends in ({"t_start": 640.25}, {"t_end": 3.5}):
+        times = make_times(DISCRETE, 5, "karras", **ends)
+        assert (times[0], times[-2]) == (ends.get("t_start", 999.0), ends.get("t_end", DISCRETE.t_end))
+
+
+def test_whole_ends_of_an_index_grid() -> None:
+    ends = {"t_start": 700.0, "t_end": 100.0}
+    assert make_times(DISCRETE, 3, "linspace", **ends).tolist() == [700, 400, 100, -1]
+    assert make_times(DISCRETE, 3, "linspace", final_sigmas_type="sigma_min", **ends).tolist() == [700, 500, 300, 100]
 
 
 def test_beta_grid_is_the_quantile_function() -> None:
@@ -281,7 +317,14 @@ def test_unsupported_configs_are_named(config: dict, message: str) -> None:
         ((DISCRETE, 10, "beta"), {"alpha": -1.0}, "alpha = -1.0"),
         ((DISCRETE, 10), {"final_sigmas_type": "one"}, "final_sigmas_type = 'one'"),
         ((DISCRETE, 10), {"t_start": 1000.0}, "t_start = 1000.0"),
-        ((DISCRETE, 10), {"t_start": 10.5}, "whole indices"),
+        *[
+            ((DISCRETE, 10, grid), ends, "t_start = .* and t_end = .* must be whole indices")
+            for grid in INDEX_GRIDS
+            for ends in ({"t_start": 700.5}, {"t_end": 0.5}, {"t_start": 700.5, "t_end": 0.5})
+        ],
+        ((DISCRETE, 10), {"t_end": -1.5}, r"t_end = -1.5 is not accepted by .* \[-1, 999\]"),
+        ((EDM(), 10), {"t_end": math.nan}, "t_end = nan"),
+        ((DISCRETE, 10), {"t_start": 10.0, "t_end": 10.0}, "t_start = 10 must be above t_end = 10"),
         ((VPLinear(), 10), {"t_start": 0.1, "t_end": 0.2}, "t_start = 0.1 must be above t_end = 0.2"),
         ((DISCRETE, 1001, "trailing"), {}, "more than the 1000 training timesteps; use fewer steps"),
         ((DISCRETE, 1000, "linspace"), {"drop_last": True}, "do not decrease; use fewer steps"),

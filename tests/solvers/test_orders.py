@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import pydiff
+from pydiff.plans import table
 from tests.oracles.gaussian_mixture import mixture
 
 SETTINGS = {
@@ -92,8 +93,8 @@ def test_a_wrong_coefficient_loses_the_order():
         first = pydiff.make_plan("ddim", schedule, steps, **common)
         plan = pydiff.make_plan("dpmpp_2m", schedule, steps, **common)
         coefficients = plan.coefficients.copy()
-        coefficients[:, 6] = 0.99 * coefficients[:, 6] + 0.01 * first.coefficients[:, 6]
-        coefficients[:, 1] *= 0.99
+        coefficients[:, table.D] = 0.99 * coefficients[:, table.D] + 0.01 * first.coefficients[:, table.D]
+        coefficients[:, table.SLOT] *= 0.99
         wrong = dataclasses.replace(plan, coefficients=coefficients)
         end = pydiff.run_plan(wrong, model, x, dtype=torch.float64)
         return float((end - exact).square().mean().sqrt())
