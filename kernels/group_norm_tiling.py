@@ -19,21 +19,21 @@ VECTOR = 8  # elements that one load of a thread brings at most: 16 bytes of a 1
 ROW_BYTES = 16  # that a program reads at least of every row of an NHWC image, taking several groups if need be
 SLAB = 16384  # elements at most: 64 a thread in 8 warps; twice as many spill registers
 NARROW_SLAB = SLAB // 2  # where a load brings less than the 4 bytes of a register
-MANY_PROGRAMS = 16  # fewer leave most multiprocessors without work: their slabs, if they are not to be
-FEW_PROGRAMS_SHARE = 4  # times smaller than the largest, are worth two kernels
-WARP_ELEMENTS, MOST_WARPS = 1024, 8  # of a slab: 32 elements a thread, until there are enough warps
+FEW_PROGRAMS = 16  # fewer than this leave most multiprocessors idle, and two kernels are better
+FEW_PROGRAMS_SHARE = 4  # unless the slabs are so many times smaller than the largest
+WARP_ELEMENTS, MOST_WARPS = 1024, 8  # of a slab: 32 elements a thread as long as there are warps for that
 
 # The two kernels.
 L2_BYTES = 32 << 20  # of input: what an A100 (40 MB of L2 cache) and an H100 (50 MB) keep for the second kernel
 PROGRAMS_WANTED = 2  # for each multiprocessor: one loads while the other computes
-LOADED = 8  # elements of a tile that each thread of the first kernel loads at a time, and
-MOST_UNROLLED = 8  # tiles whose loads may be on their way together
-CACHE_LINE = 64  # channels of 2 bytes, 128 bytes: the width of NHWC tiles, or
-LEAST_DIVISOR = 32  # a power of two from here on that divides the channels; else one that may have idle columns
-RUN = 256  # positions of a channel at least that an NCHW tile reads, if there are as many
-BLOCKS_OF_A_CHANNEL = 4  # that a longer run leaves to share out, at least
-LEAST_APPLIED = 16  # elements a thread of the second kernel, whose tiles become no smaller to make more programs
-MERGED = 32  # parts of a group that it merges at a time
+LOADED = 8  # elements that each thread of the first kernel loads of a tile
+MOST_UNROLLED = 8  # tiles whose loads are on their way together
+CACHE_LINE = 64  # channels of an NHWC tile at most: 128 bytes in 16-bit types
+LEAST_DIVISOR = 32  # channels of an NHWC tile that is to divide the width; a narrower one is padded instead
+RUN = 256  # positions of a channel that an NCHW tile reads at least, where there are so many
+BLOCKS_OF_A_CHANNEL = 4  # to share out at least, where NCHW tiles are longer than that
+LEAST_APPLIED = 16  # elements a thread of the second kernel: no smaller tiles only to have more programs
+MERGED = 32  # parts of a group that the second kernel merges at a time
 NHWC_GROUPS = 4  # that it merges together at least: [MERGED, 4] is an element for each thread of 4 warps
 
 
@@ -120,7 +120,7 @@ def one_kernel(sizes: Sizes) -> Tiling | None:
     programs = sizes.samples * sizes.groups // together
     load = sizes.itemsize * (math.gcd(sizes.vector, width) if sizes.nhwc else sizes.vector)  # bytes
     most = SLAB if load >= 4 else NARROW_SLAB
-    if rows * cols > (most if programs >= MANY_PROGRAMS else most // FEW_PROGRAMS_SHARE):
+    if rows * cols > (most if programs >= FEW_PROGRAMS else most // FEW_PROGRAMS_SHARE):
         return None
     constants = {
         "GROUPS": sizes.groups,
