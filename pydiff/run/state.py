@@ -21,7 +21,7 @@ import torch
 
 from pydiff.ops.native import is_plain
 from pydiff.ops.noise import INITIAL_DRAW, normal
-from pydiff.ops.stage import MODEL_DTYPES, StageTensors, stage, write_model_input_reference
+from pydiff.ops.stage import FIELDS, MODEL_DTYPES, StageTensors, stage, write_model_input_reference
 from pydiff.plans import table
 from pydiff.plans.plan import Plan
 from pydiff.run.noise_source import Noise, NoiseSource, source_of
@@ -87,7 +87,6 @@ class State:
         self._refuse_noise_function("cloned")
         other = copy.copy(self)
         t = copy.copy(self.tensors)
-        t._bound = None
         for name in ("registers", "cursor", "stop", "seeds", "model_input", "model_time", "nonfinite"):
             value = getattr(t, name)
             setattr(t, name, None if value is None else value.clone())
@@ -146,7 +145,7 @@ class State:
         """Everything needed to go on elsewhere: tensors and the plans' own descriptions. For `torch.save`."""
         self._refuse_noise_function("saved")
         t = self.tensors
-        names = [n for n in StageTensors.__dataclass_fields__ if not n.startswith("_") and n != "copies"]
+        names = [n for n in FIELDS if n != "copies"]
         kept = {n: getattr(t, n).clone() for n in names if getattr(t, n) is not None}
         return {
             "tensors": kept,
@@ -288,7 +287,7 @@ def init(
         noise=source.buffer if source is not None and plans[0].num_draws else None,
         nonfinite=torch.full((rows,), -1, dtype=torch.int32, device=device),
     )
-    tensors._checked = True  # made to fit, just now
+    tensors.checked = True  # made to fit, just now
     _start(plans, row_plan, registers[0], seeds, source)
     write_model_input_reference(tensors)
     return State(tensors, plans, row_plan, source)

@@ -31,9 +31,9 @@ def backend(request):
         yield stage_reference
         return
     chosen = native.build_info()["isa"]
-    native._C.select_isa(request.param)
+    native.module.select_isa(request.param)
     yield stage
-    native._C.select_isa(chosen)
+    native.module.select_isa(chosen)
 
 
 def run(function, seed, options, **kwargs):
@@ -58,9 +58,9 @@ def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def test_the_layout_is_the_one_in_csrc():
-    if native._C is None:
+    if native.module is None:
         pytest.skip("no compiled code")
-    for name, value in native._C.layout().items():
+    for name, value in native.module.layout().items():
         assert getattr(table, name) == value, name
 
 
@@ -163,11 +163,11 @@ def test_all_instruction_sets_and_thread_counts_give_the_same_bits(dtype):
         for isa in ISAS:
             for threads in (1, 2, 3, 7):
                 torch.set_num_threads(threads)
-                native._C.select_isa(isa)
+                native.module.select_isa(isa)
                 results.append(move(case, "cpu"))
                 stage(results[-1], m)
     finally:
-        native._C.select_isa(chosen)
+        native.module.select_isa(chosen)
     for t in results[1:]:
         assert all(same_bits(bits(t, b), bits(results[0], b)) for b in range(3))
 
@@ -287,7 +287,7 @@ def test_half_precision_conversions_are_exactly_torchs():
         middle = (middle + step) / 2
         beside = [middle.nextafter(torch.tensor(side)) for side in (-torch.inf, torch.inf)]
         for isa in ISAS:
-            native._C.select_isa(isa)
+            native.module.select_isa(isa)
             for m in (halves, middle, *beside):
                 t = StageTensors(
                     torch.zeros(1, 1, 2**16),
@@ -302,7 +302,7 @@ def test_half_precision_conversions_are_exactly_torchs():
                 stage(t, m[None])
                 torch.testing.assert_close(t.registers[0, 0], m.float(), rtol=0, atol=0, equal_nan=True)
                 torch.testing.assert_close(t.model_input[0], m.float().to(dtype), rtol=0, atol=0, equal_nan=True)
-        native._C.select_isa(ISAS[0])
+        native.module.select_isa(ISAS[0])
 
 
 @pytest.mark.parametrize("column", [0, table.D, table.OUTPUT + 1, table.GUIDANCE, table.CLIP + 1, table.INPUT_SCALE])
@@ -355,9 +355,9 @@ class TestBinding:
     def test_it_is_kept_while_nothing_moves(self):
         t, m = self.case()
         stage(t, m)
-        bound = t._bound
+        bound = t.bound
         stage(t, m.clone())
-        assert bound is not None and t._bound is bound
+        assert bound is not None and t.bound is bound
 
     @pytest.mark.parametrize(
         "change",
@@ -390,7 +390,7 @@ class TestBinding:
         stage(t, m)
         setattr(t, name, getattr(t, name).clone())
         gc.collect()
-        assert t._bound is None
+        assert t.bound is None
         self.step_checked(t, m)
 
     @pytest.mark.parametrize("name", ["registers", "model_input", "cursor", "coefficients"])
@@ -420,7 +420,7 @@ class TestBinding:
             assert torch.equal(held, t.registers)
 
     def test_more_dimensions_than_the_loops_take(self, monkeypatch):
-        monkeypatch.setattr(native, "_warned", set())
+        monkeypatch.setattr(native, "warned", set())
         t, m = self.case(sample=(2,) * 8)
         m = torch.zeros(4, *(3,) * 8)[(slice(None), *(slice(0, 3, 2),) * 8)].copy_(m)
         with pytest.warns(UserWarning, match="too many dimensions"):
@@ -432,8 +432,8 @@ class Labelled(torch.Tensor):
 
 
 def test_the_reference_runs_where_compiled_code_is_turned_off(monkeypatch):
-    monkeypatch.setattr(native, "_disabled", frozenset({"stage"}))
-    monkeypatch.setattr(native, "_warned", set())
+    monkeypatch.setattr(native, "disabled", frozenset({"stage"}))
+    monkeypatch.setattr(native, "warned", set())
     with pytest.warns(UserWarning, match="PYDIFF_DISABLE names stage"):
         run(stage, 1, Options())
 
