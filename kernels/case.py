@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -21,3 +21,27 @@ class Case(NamedTuple):
     num_warps: int
     num_stages: int = 1
     aligned: tuple[str, ...] = ()
+
+
+def specialised(
+    kernel: Any,
+    label: str,
+    arguments: Mapping[str, str | int],
+    constants: Mapping[str, Any],
+    unaligned: Sequence[str] = (),
+) -> Case:
+    """The case of a launch: of its arguments Triton makes constants and finds out what 16 divides.
+
+    Args:
+        arguments: run-time arguments by name, integers as their values, others as their types; those that the kernel
+            does not take are of no effect, pointers that are missing are None.
+        constants: its `tl.constexpr` arguments, likewise, and ``num_warps``.
+        unaligned: integers of which the kernel does not ask whether 16 divides them.
+    """
+    given = {**arguments, **constants}
+    values = {name: given.get(name) for name in kernel.arg_names}
+    fixed = {name: v for name, v in values.items() if name in constants or v is None or v == 1}
+    signature = {name: v if isinstance(v, str) else "i32" for name, v in values.items() if name not in fixed}
+    numbers = [name for name in signature if isinstance(values[name], int) and name not in unaligned]
+    aligned = tuple(name for name in numbers if values[name] % 16 == 0)
+    return Case(kernel, label, signature, fixed, constants["num_warps"], aligned=aligned)

@@ -22,10 +22,13 @@ An addend that is constant over a channel moves the channel's mean and nothing e
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
-from pydiff.kernels.case import Case
-from pydiff.kernels.group_norm_plan import select
+from pydiff.kernels.case import Case, specialised
+from pydiff.kernels.group_norm_calls import NormCall, calls
+from pydiff.kernels.group_norm_tiling import select
 
 
 @triton.jit
@@ -225,20 +228,9 @@ def group_norm_statistics_kernel(
             value = _load(ptr, step, ptr2, step2, start + u * ROWS, rows, first, everything, INPUTS)
             if residual is not None:
                 value = _sum_with_residual(
-                    value,
-                    addend,
-                    residual,
-                    summed,
-                    n,
-                    c,
-                    channels,
-                    positions,
-                    start + u * ROWS,
-                    rows,
-                    everything,
-                    NHWC,
-                    VEC,
-                )
+                    value, addend, residual, summed, n, c, channels, positions, start + u * ROWS, rows, everything,
+                    NHWC, VEC,
+                )  # fmt: skip
             delta = value.to(tl.float32) - zero
             total += delta
             square += delta * delta
@@ -250,20 +242,9 @@ def group_norm_statistics_kernel(
             value = _load(ptr, step, ptr2, step2, start + u * ROWS, rows, first, inside, INPUTS)
             if residual is not None:
                 value = _sum_with_residual(
-                    value,
-                    addend,
-                    residual,
-                    summed,
-                    n,
-                    c,
-                    channels,
-                    positions,
-                    start + u * ROWS,
-                    rows,
-                    inside,
-                    NHWC,
-                    VEC,
-                )
+                    value, addend, residual, summed, n, c, channels, positions, start + u * ROWS, rows, inside,
+                    NHWC, VEC,
+                )  # fmt: skip
             delta = tl.where(inside, value.to(tl.float32) - zero, 0.0)
             total += delta
             square += delta * delta
@@ -288,19 +269,9 @@ def group_norm_statistics_kernel(
 
 @triton.jit
 def _merge_parts(
-    parts,
-    n,
-    group,
-    positions,
-    groups,
-    cpg,
-    chunks,
-    COLS: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NG: tl.constexpr,
-    MERGE: tl.constexpr,
-):
+    parts, n, group, positions, groups, cpg, chunks,
+    COLS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, NG: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
     """Mean and variance [NG] of the groups, from what `group_norm_statistics_kernel` left."""
     here = parts + n.to(tl.int64) * chunks * PARTS * 2 * groups + group
     zero = tl.load(here, mask=group < groups, other=0.0)  # deviations are from the first part's mean
@@ -364,97 +335,34 @@ def group_norm_apply_kernel(
         v, valid, start = v2, after, start + ROWS
 
 
-def _cases(
-    shape: tuple[int, int, int, int],
-    dtype: str = "bf16",
-    nhwc: bool = True,
-    channels2: int = 0,
-    silu: bool = True,
-    present: tuple[str, ...] = ("weight", "bias"),
-) -> list[Case]:
-    """The kernels of x [samples, channels, positions] in `groups`; channels2 of the channels are a second input's."""
-    samples, channels, positions, groups = shape
-    plan = select(samples, channels - channels2, channels2, positions, groups, 4 if dtype == "fp32" else 2, nhwc, 132)
-    present = (*present, *(("x2",) if channels2 else ()), *(("summed",) if "residual" in present else ()))
-    sizes = {
-        "positions": positions,
-        "channels1": channels - channels2,
-        "channels2": channels2,
-        "groups": groups,
-        "cpg": channels // groups,
-        "chunks": plan.chunks,
-        "add_stride": channels if "add" in present else 0,
-        "scale_stride": 2 * channels,
-        "shift_stride": 2 * channels,
+def _cases(call: NormCall) -> list[Case]:
+    """The kernels that a call launches on 132 multiprocessors."""
+    sizes, tiling = call.sizes, select(call.sizes, 132)
+    arguments: dict[str, str | int] = dict.fromkeys(call.tensors, f"*{call.dtype}") | {"parts": "*fp32", "eps": "fp32"}
+    arguments |= {
+        "positions": sizes.positions,
+        "channels1": sizes.channels1,
+        "channels2": sizes.channels2,
+        "groups": sizes.groups,
+        "cpg": sizes.cpg,
+        "chunks": tiling.chunks,
+        "add_stride": sizes.channels if "add" in call.tensors else 0,
+        "scale_stride": 2 * sizes.channels,  # scale and shift are the halves of a projection
+        "shift_stride": 2 * sizes.channels,
     }
-    kernels = [(group_norm_fused_kernel, plan.statistics)]
-    if plan.chunks:
-        kernels = [(group_norm_statistics_kernel, plan.statistics), (group_norm_apply_kernel, plan.apply)]
-    found = []
-    for kernel, constants in kernels:
-        second = kernel is group_norm_apply_kernel
-        names = kernel.arg_names
-        meta = {k: v for k, v in (constants | {"SILU": silu}).items() if k in names}
-        signature = {}
-        for name in names:
-            if name in meta:
-                continue
-            if name in sizes:
-                signature[name] = "i32"
-            elif name == "eps":
-                signature[name] = "fp32"
-            elif name in ("x", "y", "parts") or name in present and not (second and name == "residual"):
-                signature[name] = "*fp32" if name == "parts" else f"*{dtype}"
-            else:
-                meta[name] = None
-        for name in [k for k in signature if sizes.get(k) == 1]:
-            meta[name] = sizes[name]
-            del signature[name]
-        aligned = tuple(k for k in signature if k in sizes and sizes[k] % 16 == 0 and k not in SHARES)
-        label = f"{kernel.__name__[11:-7]} {shape} {dtype} {'nhwc' if nhwc else 'nchw'} {'silu' if silu else ''}"
-        extra = "+".join(k for k in present if k not in ("weight", "bias"))
-        found.append(Case(kernel, f"{label} {extra}", signature, meta, constants["num_warps"], 1, aligned))
-    return found
-
-
-def _unet(levels: dict[int, tuple[int, ...]], concatenated: dict[int, tuple[tuple[int, int], ...]]) -> list[Case]:
-    """A U-Net at batch 2 in 32 groups: at each size its widths, and (all, second input's) channels of the way up."""
+    launched = [(group_norm_fused_kernel, tiling.statistics)]
+    if tiling.chunks:
+        launched = [(group_norm_statistics_kernel, tiling.statistics), (group_norm_apply_kernel, tiling.apply)]
     cases = []
-    for size, widths in levels.items():
-        for width in widths:
-            shape = (2, width, size * size, 32)
-            cases += _cases(shape, silu=False) + _cases(shape) + _cases(shape, present=("weight", "bias", "add"))
-        for width, second in concatenated[size]:
-            cases += _cases((2, width, size * size, 32), channels2=second)
+    for kernel, constants in launched:
+        label = f"{kernel.__name__.removeprefix('group_norm_').removesuffix('_kernel')} {call}"
+        cases.append(specialised(kernel, label, arguments, constants | {"SILU": call.silu}, SHARES))
     return cases
 
 
 def compile_cases() -> list[Case]:
-    """The kernels of SD 1.5 at 512 and SDXL at 1024 (batch 2), and of their VAE's decoder at 1024."""
-    cases = _unet(
-        {64: (320,), 32: (320, 640), 16: (640, 1280), 8: (1280,)},
-        {
-            64: ((640, 320), (960, 320)),
-            32: ((960, 320), (1280, 640), (1920, 640)),
-            16: ((1920, 640), (2560, 1280)),
-            8: ((2560, 1280),),
-        },
-    )
-    cases += _unet(
-        {128: (320,), 64: (320, 640), 32: (640, 1280)},
-        {128: ((640, 320), (960, 320)), 64: ((960, 320), (1280, 640), (1920, 640)), 32: ((1920, 640), (2560, 1280))},
-    )
-    for width, size in ((512, 128), (512, 256), (512, 512), (256, 512), (256, 1024), (128, 1024)):
-        for nhwc in (True, False):
-            cases += _cases((1, width, size * size, 32), nhwc=nhwc)
-    cases += _cases((1, 512, 128 * 128, 32), silu=False)
-    for size in (8, 64):  # guided-diffusion; a residual joined
-        cases += _cases((2, 320, size * size, 32), present=("weight", "bias", "scale", "shift"))
-        cases += _cases((2, 320, size * size, 32), present=("weight", "bias", "add", "residual"))
-        for dtype in ("fp16", "fp32"):
-            cases += _cases((2, 320, size * size, 32), dtype)
-    unique = {
-        (c.kernel.__name__, str(sorted(c.signature.items())), str(sorted(c.constants.items(), key=str)), c.aligned): c
-        for c in reversed(cases)
-    }
-    return list(reversed(unique.values()))
+    """The kernels of `calls`, each specialisation once."""
+    cases: dict[Any, Case] = {}
+    for case in (case for call in calls() for case in _cases(call)):
+        cases.setdefault((case.kernel.__name__, case.aligned, str(case.signature), str(case.constants)), case)
+    return list(cases.values())

@@ -19,22 +19,24 @@ from pydiff.kernels.case import Case
 MAX_CHANNELS = 16384  # 512 threads hold a padded row, 32 elements each
 
 
-class Config(NamedTuple):
-    rows: int  # of one program
+class RowBlock(NamedTuple):
+    """Rows of a program, each padded to `block` elements."""
+
+    rows: int
     block: int
     num_warps: int
 
 
-def select(rows: int, channels: int, multiprocessors: int) -> Config:
+def select(rows: int, channels: int, multiprocessors: int) -> RowBlock:
     """Rows of `channels` elements to give to one program, and how many warps work on them."""
     block = triton.next_power_of_2(channels)
     group = max(1, (1024 if block <= 512 else 2048) // block)
     while group > 1 and triton.cdiv(rows, group) < 8 * multiprocessors:
         group //= 2
     if block <= 512:  # a warp sums its rows without the others
-        return Config(group, block, 1)
+        return RowBlock(group, block, 1)
     per_thread = 16 if triton.cdiv(rows, group) >= 4 * multiprocessors else 8
-    return Config(group, block, min(max(group * block // (32 * per_thread), 1), 16))
+    return RowBlock(group, block, min(max(group * block // (32 * per_thread), 1), 16))
 
 
 @triton.jit

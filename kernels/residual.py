@@ -17,20 +17,22 @@ import triton.language as tl
 from pydiff.kernels.case import Case
 
 
-class Config(NamedTuple):
-    rows: int  # of one block
+class MatrixBlock(NamedTuple):
+    """What a program takes of the matrix."""
+
+    rows: int
     cols: int
     num_warps: int
 
 
-def select(rows: int, cols: int, multiprocessors: int) -> Config:
+def select(rows: int, cols: int, multiprocessors: int) -> MatrixBlock:
     """Shape of a block: its columns divide `cols` where a power of two of at least 32 does, so that no lane idles."""
     width = min(cols & -cols, 1024)
     if width < 32:
         width = min(triton.next_power_of_2(cols), 1024)
     elements = 2048 if rows * cols >= 2048 * 4 * multiprocessors else 1024
     height = min(max(elements // width, 1), triton.next_power_of_2(rows))
-    return Config(height, width, 4)
+    return MatrixBlock(height, width, 4)
 
 
 @triton.jit(do_not_specialize=["rows", "period"])

@@ -21,17 +21,19 @@ MAX_HEAD_DIM = 1024
 __all__ = ["MAX_CHANNELS", "MAX_HEAD_DIM", "select"]
 
 
-class Config(NamedTuple):
-    heads: int  # of one program
-    half: int  # padded half of a head
+class HeadBlock(NamedTuple):
+    """Heads of a program, each in two halves padded to `half` elements."""
+
+    heads: int
+    half: int
     num_warps: int
 
 
-def select_heads(heads: int, head_dim: int) -> Config:
+def select_heads(heads: int, head_dim: int) -> HeadBlock:
     """How many heads of one token a program takes, and how many warps work on them."""
     half = triton.next_power_of_2(triton.cdiv(head_dim, 2))
     group = min(triton.next_power_of_2(heads), max(4096 // (2 * half), 1))
-    return Config(group, half, min(max(group * 2 * half // 512, 1), 8))
+    return HeadBlock(group, half, min(max(group * 2 * half // 512, 1), 8))
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -86,12 +86,12 @@ print(*[native.available(op, torch.device("cpu")) for op in ("stage", "noise")],
 """
     off = python(code, PYDIFF_NATIVE="0").splitlines()
     assert all("False" in line and "PYDIFF_NATIVE=0" in line for line in off)
-    if native._C is not None:
+    if native.module is not None:
         one = python(code, PYDIFF_NATIVE="1", PYDIFF_DISABLE="stage").splitlines()
         assert "False" in one[0] and "True" in one[1]
 
 
-@pytest.mark.skipif(native._C is None, reason="no compiled code")
+@pytest.mark.skipif(native.module is None, reason="no compiled code")
 def test_the_instruction_set_can_be_chosen_and_is_reported():
     code = "from pydiff.ops import native; print(native.build_info()['isa'])"
     for isa in native.build_info()["isas"]:
@@ -100,10 +100,10 @@ def test_the_instruction_set_can_be_chosen_and_is_reported():
 
 def test_every_reason_is_a_sentence_for_the_user():
     fast, reason = native.available("stage", torch.device("mps"))
-    assert not fast and (("mps" in reason) or native._C is None)
+    assert not fast and (("mps" in reason) or native.module is None)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork") or native._C is None, reason="no fork, or no compiled code")
+@pytest.mark.skipif(not hasattr(os, "fork") or native.module is None, reason="no fork, or no compiled code")
 @pytest.mark.parametrize("openmp", ["openmp", "own"])
 def test_a_forked_child_can_use_threads(openmp):
     """The parent's worker threads do not exist in the child; work there must neither wait for them nor change."""

@@ -44,7 +44,7 @@ def fake_cuda(value: T) -> T:
 @contextlib.contextmanager
 def fake_mode() -> Iterator[None]:
     """Where fake CUDA tensors are computed with, and new tensors are fake ones of whatever device they name."""
-    with _one_thread, _fake_tensor_mode(), _Operators(), _SpeltOut():
+    with _one_thread, fake_tensor_mode(), _Plausible(), _SpeltOut():
         yield
 
 
@@ -83,13 +83,13 @@ def _has_attributes(leaf: Any) -> bool:
 
 
 @functools.cache
-def _fake_tensor_mode() -> FakeTensorMode:
+def fake_tensor_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _fake_tensor(tensor: Tensor) -> Tensor:
     meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    mode = _fake_tensor_mode()
+    mode = fake_tensor_mode()
     with mode:
         return FakeTensor(mode, meta, CUDA)
 
@@ -251,7 +251,7 @@ def _would_record(function: Any, arguments: Any) -> bool:
     return any(isinstance(t, FakeTensor) and t.requires_grad for t in pytree.tree_leaves(arguments))
 
 
-class _Operators(TorchDispatchMode):
+class _Plausible(TorchDispatchMode):
     """Goes on where a result depends on values: with one that it might have been."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

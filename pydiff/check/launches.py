@@ -83,7 +83,7 @@ def count_launches(function: Callable[..., Any], *args: Any, **kwargs: Any) -> L
     """
     count = _Count()
     fake = fake_mode() if is_fake((function, args, kwargs)) else contextlib.nullcontext()
-    with torch.no_grad(), fake, _Operators(count), _Functions(count):
+    with torch.no_grad(), fake, _CountedOperators(count), _CountedFunctions(count):
         function(*args, **kwargs)
     return count.found["cuda"] if count.found["cuda"].total else count.found["cpu"]
 
@@ -199,7 +199,7 @@ class _Count:
             self.inside -= 1
 
 
-class _Operators(TorchDispatchMode):
+class _CountedOperators(TorchDispatchMode):
     """Counts what reaches the dispatcher, and gives fake results the strides that CUDA's kernels give theirs."""
 
     def __init__(self, count: _Count):
@@ -219,7 +219,7 @@ class _Operators(TorchDispatchMode):
         return _laid_out(operator.overloadpacket, args, result)
 
 
-class _Functions(ReentrantMode):
+class _CountedFunctions(ReentrantMode):
     """Counts `scaled_dot_product_attention` as one kernel, in place of the operators it is made of without CUDA."""
 
     def __init__(self, count: _Count):

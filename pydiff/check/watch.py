@@ -93,8 +93,8 @@ class Watch:
             stack.enter_context(_one_at_a_time)
             for owner, name, what in _FUNCTIONS:
                 stack.enter_context(self._recorded(owner, name, what))
-            stack.enter_context(_Operators(self))
-            stack.enter_context(_Functions(self))
+            stack.enter_context(_WatchedOperators(self))
+            stack.enter_context(_WatchedFunctions(self))
             self._stack = stack.pop_all()
         return self
 
@@ -192,7 +192,7 @@ class Watch:
         self.record("host-to-device copy", _TO_DEVICE, place)
 
 
-class _Operators(TorchDispatchMode):
+class _WatchedOperators(TorchDispatchMode):
     def __init__(self, watch: Watch):
         super().__init__()
         self.watch = watch
@@ -205,7 +205,7 @@ class _Operators(TorchDispatchMode):
         return result
 
 
-class _Functions(ReentrantMode):
+class _WatchedFunctions(ReentrantMode):
     """Sees printing, which torch hides from the dispatcher's modes."""
 
     def __init__(self, watch: Watch):

@@ -82,7 +82,7 @@ def compiled_code() -> Iterator[Line]:
     if "missing" in build:
         yield "pydiff._C", f"none: {build['missing']}"
         return
-    yield "pydiff._C", str(getattr(native._C, "__file__", "?"))
+    yield "pydiff._C", str(getattr(native.module, "__file__", "?"))
     yield "compiler", str(build["compiler"])
     yield "CPU code", f"{build['isa']} (this machine can run {_listing(build['isas'])})"
     yield "threads", str(build["threads"])

@@ -116,7 +116,7 @@ class CudaGraphs:
             return False, f"CUDA graphs need a CUDA device, the samples are on {device}"
         if torch.version.hip:
             return False, "this torch is built for ROCm, on which this was never tried"
-        if "graph" in native._disabled:
+        if "graph" in native.disabled:
             return False, "PYDIFF_DISABLE names graph"
         return torch.cuda.is_available(), "torch sees no CUDA device"
 

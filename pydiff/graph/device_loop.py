@@ -30,7 +30,7 @@ def can_use_device_loop(device: torch.device) -> tuple[bool, str]:
     compiled, reason = native.available("device_loop", device)
     if not compiled:
         return False, reason
-    built, driver = native._C.cuda_versions()
+    built, driver = native.module.cuda_versions()
     if built < OLDEST_CUDA:
         return False, f"pydiff was built with CUDA {_version(built)}: build it with 12.4 or later"
     if driver < OLDEST_CUDA:
@@ -81,7 +81,7 @@ class DeviceLoop:
         addresses = cursor.data_ptr(), stop.data_ptr(), cursor.numel(), remaining.data_ptr()
         raw = _raw_graph(stage_graph)
         try:
-            self._graph: Any = native._C.WhileGraph(raw, *addresses, device.index, stream)
+            self._graph: Any = native.module.WhileGraph(raw, *addresses, device.index, stream)
         except RuntimeError as error:
             raise native.Unsupported(f"the stage cannot be the body of a loop on the GPU: {error}") from None
 

@@ -100,9 +100,12 @@ def _linear_geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return out
 
 
-def linear_geglu_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear_geglu_kernel(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, tile: Tile | None = None
+) -> torch.Tensor:
+    """`linear_geglu` by its own kernel, in this tile or the most promising one."""
     matrix = _rows(x)
-    out = _linear_geglu(matrix, weight, bias, _tiles(matrix, weight)[0])
+    out = _linear_geglu(matrix, weight, bias, tile or _tiles(matrix, weight)[0])
     return out.view(*x.shape[:-1], weight.shape[0] // 2)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pydiff.kernels.group_norm_plan import Plan, select
+from pydiff.kernels.group_norm_tiling import Sizes, Tiling, select
 from pydiff.ops import triton_ops
 
 Tensor = torch.Tensor
@@ -61,18 +61,10 @@ def _like(x: Tensor, channels: int, nhwc: bool) -> Tensor:
     return torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device)
 
 
-def _plan(x: Tensor, x2: Tensor | None, num_groups: int, nhwc: bool) -> Plan:
-    more = 0 if x2 is None else int(x2.shape[1])
-    return select(
-        int(x.shape[0]),
-        int(x.shape[1]),
-        more,
-        int(x.shape[2:].numel()),
-        int(num_groups),
-        x.element_size(),
-        nhwc,
-        triton_ops.multiprocessors(x.device),
-    )
+def _tiling(x: Tensor, x2: Tensor | None, num_groups: int, nhwc: bool) -> Tiling:
+    channels2 = 0 if x2 is None else int(x2.shape[1])
+    sizes = (int(x.shape[0]), int(x.shape[1]), channels2, int(x.shape[2:].numel()), int(num_groups), x.element_size())
+    return select(Sizes(*sizes, nhwc), triton_ops.multiprocessors(x.device))
 
 
 def _rows(values: Tensor | None) -> tuple[Tensor | None, int]:
@@ -95,91 +87,39 @@ def group_norm_kernel(
     nhwc = _channels_last(x)
     if nhwc is None:
         x, nhwc = x.contiguous(), x.ndim == 2
-    others = [
+    x2, residual = (
         t if t is None or _channels_last(t) == nhwc else _like(t, t.shape[1], nhwc).copy_(t) for t in (x2, residual)
-    ]
-    x2, residual = others
-    (weight, _), (bias, _), (add, add_stride), (scale, scale_stride), (shift, shift_stride) = map(
-        _rows, (weight, bias, add, scale, shift)
     )
+    rows = map(_rows, (weight, bias, add, scale, shift))
+    (weight, _), (bias, _), (add, add_stride), (scale, scale_stride), (shift, shift_stride) = rows
     channels1, channels2 = x.shape[1], 0 if x2 is None else x2.shape[1]
-    positions = x.shape[2:].numel()
-    plan = _plan(x, x2, num_groups, nhwc)
+    channels, positions = channels1 + channels2, x.shape[2:].numel()
+    tiling = _tiling(x, x2, num_groups, nhwc)
     silu = activation == "silu"
-    y = _like(x, channels1 + channels2, nhwc)
+    y = _like(x, channels, nhwc)
     s = None if residual is None else _like(x, channels1, nhwc)
-    if plan.chunks == 0:
+    if tiling.chunks == 0:
         triton_ops.launch(
-            kernels.group_norm_fused_kernel,
-            (plan.programs,),
-            x,
-            x2,
-            add,
-            residual,
-            s,
-            y,
-            weight,
-            bias,
-            scale,
-            shift,
-            positions,
-            channels1,
-            channels2,
-            add_stride,
-            scale_stride,
-            shift_stride,
-            eps,
-            SILU=silu,
-            **plan.statistics,
-        )
+            kernels.group_norm_fused_kernel, (tiling.programs,),
+            x, x2, add, residual, s, y, weight, bias, scale, shift,
+            positions, channels1, channels2, add_stride, scale_stride, shift_stride, eps,
+            SILU=silu, **tiling.statistics,
+        )  # fmt: skip
         return y if s is None else (y, s)
-    cpg = (channels1 + channels2) // num_groups
-    parts = torch.empty((x.shape[0], plan.chunks, plan.parts, 2, num_groups), dtype=torch.float32, device=x.device)
+    shape = (x.shape[0], tiling.chunks, tiling.parts, 2, num_groups)
+    parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+    shared = (positions, channels1, channels2, num_groups, channels // num_groups, tiling.chunks)
     triton_ops.launch(
-        kernels.group_norm_statistics_kernel,
-        (plan.programs,),
-        x,
-        x2,
-        add,
-        residual,
-        s,
-        parts,
-        positions,
-        channels1,
-        channels2,
-        num_groups,
-        cpg,
-        plan.chunks,
-        add_stride,
-        **plan.statistics,
-    )
-    if s is not None:
+        kernels.group_norm_statistics_kernel, (tiling.programs,),
+        x, x2, add, residual, s, parts, *shared, add_stride, **tiling.statistics,
+    )  # fmt: skip
+    if s is not None:  # the first kernel has added all
         x, add, add_stride = s, None, 0
     triton_ops.launch(
-        kernels.group_norm_apply_kernel,
-        (plan.apply_programs,),
-        x,
-        x2,
-        add,
-        parts,
-        y,
-        weight,
-        bias,
-        scale,
-        shift,
-        positions,
-        channels1,
-        channels2,
-        num_groups,
-        cpg,
-        plan.chunks,
-        add_stride,
-        scale_stride,
-        shift_stride,
-        eps,
-        SILU=silu,
-        **plan.apply,
-    )
+        kernels.group_norm_apply_kernel, (tiling.apply_programs,),
+        x, x2, add, parts, y, weight, bias, scale, shift, *shared, add_stride, scale_stride, shift_stride, eps,
+        SILU=silu, **tiling.apply,
+    )  # fmt: skip
     return y if s is None else (y, s)
 
 
@@ -195,33 +135,22 @@ def group_norm_launches(
 ) -> int:  # fmt: skip
     """How many kernels a call with these arguments launches where the Triton kernels run (copies of x aside)."""
     nhwc = _channels_last(x)
-    return _plan(x, x2, num_groups, x.ndim == 2 if nhwc is None else nhwc).launches
+    return _tiling(x, x2, num_groups, x.ndim == 2 if nhwc is None else nhwc).launches
 
 
-def _check_channels(name: str, values: Tensor | None, samples: int, channels: int, rows: bool) -> None:
+def _check_channels(name: str, values: Tensor | None, *shapes: tuple[int, ...]) -> None:
     if values is None:
         return
-    shape = tuple(values.shape)
-    wanted: list[tuple[int, ...]] = [] if name in ("scale", "shift") else [(channels,)]
-    wanted += [(samples, channels)] if rows else []
-    if shape not in wanted:
-        raise ValueError(f"{name} must have shape {' or '.join(map(str, wanted))}, got {shape}")
+    if tuple(values.shape) not in shapes:
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(values.shape)}")
     if not values.is_floating_point():
         raise ValueError(f"{name} must be a float tensor, got {values.dtype}; convert it with .float()")
 
 
 def _check(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str | None,
-    x2: Tensor | None,
-    add: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> None:
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, activation: str | None,
+    x2: Tensor | None, add: Tensor | None, residual: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+) -> None:  # fmt: skip
     if x.ndim < 2 or not x.is_floating_point():
         raise ValueError(f"x must be a float tensor [N, C, *spatial], got {x.dtype} {tuple(x.shape)}")
     if activation not in (None, "silu"):
@@ -239,14 +168,11 @@ def _check(
     channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels, got {num_groups}")
-    for name, values, rows in (
-        ("weight", weight, False),
-        ("bias", bias, False),
-        ("add", add, True),
-        ("scale", scale, True),
-        ("shift", shift, True),
-    ):
-        _check_channels(name, values, x.shape[0], channels, rows)
+    for name, values in (("weight", weight), ("bias", bias)):
+        _check_channels(name, values, (channels,))
+    _check_channels("add", add, (channels,), (x.shape[0], channels))
+    for name, values in (("scale", scale), ("shift", shift)):
+        _check_channels(name, values, (x.shape[0], channels))
 
 
 _SIGNATURE = (
@@ -282,14 +208,8 @@ def group_norm(
         scale, shift: [N, channels], together: the norm is multiplied by 1 + scale, shift added.
     """
     _check(x, num_groups, weight, bias, activation, x2, add, residual, scale, shift)
-    more: dict[str, Any] = {
-        "activation": activation,
-        "x2": x2,
-        "add": add,
-        "residual": residual,
-        "scale": scale,
-        "shift": shift,
-    }
+    more: dict[str, Any] = {"activation": activation, "x2": x2, "add": add, "residual": residual}
+    more |= {"scale": scale, "shift": shift}
     fast, reason = can_use_group_norm(x, weight, bias, x2, add, residual, scale, shift)
     if not fast:
         triton_ops.refused("group_norm", x, reason)

@@ -13,21 +13,21 @@ from typing import Any
 
 import torch
 
-_C: Any = None
-_missing = ""
-_disabled = frozenset(name.strip() for name in os.environ.get("PYDIFF_DISABLE", "").split(",") if name.strip())
-_warned: set[tuple[str, str]] = set()
+module: Any = None  # `pydiff._C`, or None, and
+missing = ""  # then why there is none
+disabled = frozenset(name.strip() for name in os.environ.get("PYDIFF_DISABLE", "").split(",") if name.strip())
+warned: set[tuple[str, str]] = set()  # operations and kinds of device of which `warn_once` has spoken
 
 if os.environ.get("PYDIFF_NATIVE", "1") == "0":
-    _missing = "PYDIFF_NATIVE=0 turns compiled code off"
+    missing = "PYDIFF_NATIVE=0 turns compiled code off"
 else:
     try:
-        import pydiff._C as _C  # type: ignore[no-redef,import-not-found]
+        import pydiff._C as module  # type: ignore[no-redef,import-not-found]
     except ImportError as error:
-        _missing = f"pydiff._C cannot be imported ({error}); install pydiff where a C++ compiler is, to build it"
+        missing = f"pydiff._C cannot be imported ({error}); install pydiff where a C++ compiler is, to build it"
 
-_HAS_CUDA = _C is not None and _C.build_info()["cuda"]
-_OLDEST_CUDA = (8, 0)
+_HAS_CUDA = module is not None and module.build_info()["cuda"]
+OLDEST_CUDA = (8, 0)  # compute capability that the kernels need, the Triton ones too
 
 
 class Unsupported(Exception):
@@ -36,10 +36,10 @@ class Unsupported(Exception):
 
 def available(op: str, device: torch.device) -> tuple[bool, str]:
     """Whether compiled code runs `op` on `device`, and if not, why."""
-    if op in _disabled:
+    if op in disabled:
         return False, f"PYDIFF_DISABLE names {op}"
-    if _C is None:
-        return False, _missing
+    if module is None:
+        return False, missing
     if device.type == "cpu":
         return True, ""
     if device.type != "cuda":
@@ -49,7 +49,7 @@ def available(op: str, device: torch.device) -> tuple[bool, str]:
     if torch.version.hip:
         return False, "the compiled kernels are for CUDA, and this torch is built for ROCm"
     capability = torch.cuda.get_device_capability(device)
-    if capability < _OLDEST_CUDA:
+    if capability < OLDEST_CUDA:
         return False, f"the kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
     return True, ""
 
@@ -57,15 +57,15 @@ def available(op: str, device: torch.device) -> tuple[bool, str]:
 def warn_once(op: str, device: torch.device, reason: str) -> None:
     """Say, once for each operation and kind of device, that the PyTorch reference runs instead, and why."""
     key = (op, device.type)
-    if device.type == "meta" or key in _warned:
+    if device.type == "meta" or key in warned:
         return
-    _warned.add(key)
+    warned.add(key)
     warnings.warn(f"pydiff.{op} runs in plain PyTorch on {device.type}, slower than it could: {reason}", stacklevel=4)
 
 
 def build_info() -> dict[str, Any]:
     """Compiler, CUDA architectures, instruction set and threads of the compiled module, or why there is none."""
-    return {"missing": _missing} if _C is None else dict(_C.build_info())
+    return {"missing": missing} if module is None else dict(module.build_info())
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

@@ -52,7 +52,7 @@ def philox_reference(counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor
     return [c0, c1, c2, c3]
 
 
-def _box_muller_reference(r0: torch.Tensor, r1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def box_muller_reference(r0: torch.Tensor, r1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     u = r0.to(torch.float32) * 2.0**-32 + 2.0**-33
     radius = (-2.0 * u.double().log()).sqrt()
     quadrant = ((r1 + 2**29) >> 30) & 3
@@ -76,7 +76,7 @@ def normal_reference(seeds: torch.Tensor, draws: torch.Tensor, sample_shape: Seq
     """The specification of the noise: seeds and draws int64 [B] -> float32 [B, *sample_shape]."""
     elements = math.prod(sample_shape)
     r0, r1, r2, r3 = words_reference(seeds, draws, elements)
-    four = torch.stack((*_box_muller_reference(r0, r1), *_box_muller_reference(r2, r3)), dim=-1)
+    four = torch.stack((*box_muller_reference(r0, r1), *box_muller_reference(r2, r3)), dim=-1)
     return four.flatten(1)[:, :elements].contiguous().reshape(seeds.shape[0], *sample_shape)
 
 
@@ -122,7 +122,7 @@ def _normal(seeds: torch.Tensor, draw: int, sample_shape: Sequence[int]) -> torc
     if out.device.type == "cuda":
         index, stream = out.device.index, native.current_stream(out.device.index)
     threads = torch.get_num_threads()
-    native._C.normal(out.data_ptr(), seeds.data_ptr(), draw, out.shape[0], elements, threads, index, max(stream, 0))
+    native.module.normal(out.data_ptr(), seeds.data_ptr(), draw, out.shape[0], elements, threads, index, max(stream, 0))
     return out
 
 

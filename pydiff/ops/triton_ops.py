@@ -35,11 +35,11 @@ def available(op: str, device: torch.device) -> Usable:
     """Whether Triton kernels run on `device`, and if not, why."""
     if device.type != "cuda":
         return False, f"Triton kernels run on CUDA devices, not on {device.type}"
-    if op in native._disabled:
+    if op in native.disabled:
         return False, f"PYDIFF_DISABLE names {op}"
     if not has_triton():
         return False, "triton is not installed (pip install triton)"
-    if capability(device) < native._OLDEST_CUDA:
+    if capability(device) < native.OLDEST_CUDA:
         return False, f"sm_{''.join(map(str, capability(device)))} is older than sm_80"
     return True, ""
 

@@ -190,12 +190,14 @@ ATTENTION = Rule(
 Pairs = tuple[tuple[str, str], ...]
 
 
-class Plan(NamedTuple):
+class Swaps(NamedTuple):
+    """Modules by name with the rules that replace them, and what was seen that no rule takes."""
+
     chosen: list[tuple[str, nn.Module, Rule]]
     left: list[Entry]
 
 
-def plan(model: nn.Module, already: set[int]) -> Plan:
+def plan(model: nn.Module, already: set[int]) -> Swaps:
     """What to swap in the parts of a model that no rule knows, and what was seen and is left.
 
     Args:
@@ -226,7 +228,7 @@ def plan(model: nn.Module, already: set[int]) -> Plan:
             left.append(Entry(name, type(module).__name__, reason))
         elif rule is not None:
             chosen.append((name, module, rule))
-    return Plan(chosen, left)
+    return Swaps(chosen, left)
 
 
 def _remember(module: nn.Module, names: Pairs) -> None:

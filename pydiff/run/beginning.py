@@ -120,7 +120,7 @@ def init(plan: Plan | Sequence[Plan], x: torch.Tensor, options: InitOptions) -> 
         noise=source.buffer if source is not None and plans[0].num_draws else None,
         nonfinite=torch.full((rows,), -1, dtype=torch.int32, device=device),
     )
-    tensors._checked = True  # made to fit, just now
+    tensors.checked = True  # made to fit, just now
     _start(plans, row_plan, registers[0], seeds, source)
     write_model_input_reference(tensors)
     return State(tensors, plans, row_plan, source)

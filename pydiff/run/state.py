@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pydiff.ops.stage import StageTensors, stage, write_model_input_reference
+from pydiff.ops.stage import FIELDS, StageTensors, stage, write_model_input_reference
 from pydiff.plans.plan import Plan
 from pydiff.run.noise_source import NoiseSource
 from pydiff.run.options import warn_renamed
@@ -89,7 +89,6 @@ class State:
         self._refuse_noise_function("cloned")
         other = copy.copy(self)
         t = copy.copy(self.tensors)
-        t._bound = None
         for name in ("registers", "cursor", "stop", "seeds", "model_input", "model_time", "nonfinite"):
             value = getattr(t, name)
             setattr(t, name, None if value is None else value.clone())
@@ -148,7 +147,7 @@ class State:
         """Everything needed to go on elsewhere: tensors and the plans' own descriptions. For `torch.save`."""
         self._refuse_noise_function("saved")
         t = self.tensors
-        names = [n for n in StageTensors.__dataclass_fields__ if not n.startswith("_") and n != "copies"]
+        names = [n for n in FIELDS if n != "copies"]
         kept = {n: getattr(t, n).clone() for n in names if getattr(t, n) is not None}
         return {
             "tensors": kept,

@@ -48,8 +48,8 @@ def test_the_backend_is_what_the_operation_would_take():
 
 
 def test_a_missing_extension_is_explained(monkeypatch):
-    monkeypatch.setattr(native, "_C", None)
-    monkeypatch.setattr(native, "_missing", "no compiler was there")
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "missing", "no compiler was there")
     assert dict(info.compiled_code()) == {"pydiff._C": "none: no compiler was there"}
     assert dict(info.operations())["stage on cpu"] == "plain PyTorch: no compiler was there"
 
@@ -60,7 +60,7 @@ def test_a_triton_operation_says_why_it_is_not_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton_ops, "capability", lambda device: (9, 0))
     assert info._triton_backend("group_norm") == "Triton"
-    monkeypatch.setattr(native, "_disabled", frozenset({"stage", "group_norm"}))
+    monkeypatch.setattr(native, "disabled", frozenset({"stage", "group_norm"}))
     assert "PYDIFF_DISABLE" in info._triton_backend("group_norm")
     monkeypatch.setattr(triton_ops, "has_triton", lambda: False)
     assert "triton is not installed" in info._triton_backend("layer_norm")
@@ -70,14 +70,14 @@ def test_a_triton_operation_says_why_it_is_not_used(monkeypatch):
 
 
 def test_a_disabled_operation_says_so(monkeypatch):
-    monkeypatch.setattr(native, "_disabled", frozenset({"noise"}))
+    monkeypatch.setattr(native, "disabled", frozenset({"noise"}))
     lines = dict(info.operations())
     assert "PYDIFF_DISABLE" in lines["noise on cpu"]
     assert "PYDIFF_DISABLE" not in lines["stage on cpu"]
 
 
 def test_the_compiled_module_is_described():
-    if native._C is None:
+    if native.module is None:
         pytest.skip("no compiled module here")
     lines = dict(info.compiled_code())
     assert Path(lines["pydiff._C"]).is_file()

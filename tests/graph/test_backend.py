@@ -159,7 +159,7 @@ def test_without_a_device_or_where_it_is_turned_off(monkeypatch) -> None:
         False,
         "CUDA graphs need a CUDA device, the samples are on cpu",
     )
-    monkeypatch.setattr("pydiff.ops.native._disabled", frozenset({"graph"}))
+    monkeypatch.setattr("pydiff.ops.native.disabled", frozenset({"graph"}))
     assert CudaGraphs().available(DEVICE) == (False, "PYDIFF_DISABLE names graph")
 
 

@@ -47,7 +47,7 @@ def test_it_needs_a_cuda_device() -> None:
 def test_it_needs_cuda_12_4_twice(monkeypatch, built, driver, reason) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(native, "available", lambda op, device: (True, ""))
-    monkeypatch.setattr(native, "_C", SimpleNamespace(cuda_versions=lambda: (built, driver)))
+    monkeypatch.setattr(native, "module", SimpleNamespace(cuda_versions=lambda: (built, driver)))
     possible, said = can_use_device_loop(CUDA)
     assert possible == (not reason) and reason in said
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)  # as before torch 2.8
@@ -56,7 +56,7 @@ def test_it_needs_cuda_12_4_twice(monkeypatch, built, driver, reason) -> None:
 
 def test_it_can_be_turned_off(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(native, "_disabled", frozenset(["device_loop"]))
+    monkeypatch.setattr(native, "disabled", frozenset(["device_loop"]))
     assert can_use_device_loop(CUDA) == (False, "PYDIFF_DISABLE names device_loop")
 
 
@@ -82,7 +82,7 @@ def test_bad_arguments(changed, error, message) -> None:
 # ---------------------------------------------------------------------------- what it decides
 
 
-@pytest.mark.skipif(not hasattr(native._C, "while_decision"), reason="needs compiled code of this version")
+@pytest.mark.skipif(not hasattr(native.module, "while_decision"), reason="needs compiled code of this version")
 @pytest.mark.parametrize("threads", [1, 32, 1024])
 @pytest.mark.parametrize(
     "left, remaining",
@@ -94,7 +94,7 @@ def test_stages_run_until_all_rows_end_or_none_may_be_run(threads, left, remaini
 
     def decide(done: int) -> bool:
         addresses = cursor.data_ptr(), stop.data_ptr(), len(left), may_run.data_ptr()
-        return native._C.while_decision(*addresses, done, threads)
+        return native.module.while_decision(*addresses, done, threads)
 
     stages, go = 0, decide(0)
     while go:

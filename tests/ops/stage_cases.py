@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from pydiff.ops.noise import normal, normal_reference
-from pydiff.ops.stage import StageTensors
+from pydiff.ops.stage import FIELDS, StageTensors
 from pydiff.plans import table
 
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -124,7 +124,7 @@ def make_case(seed: int, options: Options, poison: bool = True) -> tuple[StageTe
 
 def move(t: StageTensors, device: str | torch.device) -> StageTensors:
     """A copy of `t` on another device, strides kept."""
-    fields = {n: getattr(t, n) for n in t.__dataclass_fields__ if not n.startswith("_")}
+    fields = {n: getattr(t, n) for n in FIELDS}
     return StageTensors(**{n: keep_strides(v, device) if isinstance(v, torch.Tensor) else v for n, v in fields.items()})
 
 

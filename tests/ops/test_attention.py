@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pydiff.check.fake_cuda import fake_mode
 from pydiff.ops import attention as op
 from pydiff.ops.attention import attention, attention_kernel, attention_launches, attention_reference
 from pydiff.ops.attention.kernel import suits
@@ -177,7 +178,13 @@ def test_a_mask_of_keys_in_four_dimensions_is_one_in_two():
     q, k, v = projections(2, 2, 5, 7, 8, torch.float32)
     mask = make(2, 7) < 0.5
     assert torch.equal(attention(q, k, v, mask=mask), attention(q, k, v, mask=mask[:, None, None]))
-    assert op._check(q, k, v, mask[:, None, None])[2].shape == (2, 7)
+    with fake_mode(), torch.no_grad():
+        q, k, v = (torch.empty(2, 2, length, 8, device="cuda") for length in (5, 7, 7))
+        keys = torch.empty(2, 1, 1, 7, device="cuda", dtype=torch.bool)
+        for mask, operators in ((keys, ["pydiff::attention"]), (keys.float(), [])):  # which takes masks of keys alone
+            with Operators() as seen:
+                attention(q, k, v, mask=mask)
+            assert seen.names == operators
 
 
 def test_bad_input_names_argument_value_and_remedy():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pydiff.ops.attention import attention, attention_reference, backends
-from pydiff.ops.attention.backends import Backend, Call, Chooser, attention_choices, likely
+from pydiff.ops.attention.backends import AttentionBackend, Call, Chooser, attention_choices, likely
 from pydiff.ops.attention.reference import sequence_major, without_dead_rows
 from pydiff.ops.measured import Measured
 
@@ -25,7 +25,7 @@ class Bench:
 
     def __init__(self, limit: int = 256, **times: float | Exception | str) -> None:
         self.times, self.runs, self.timed, self.capturing = times, [], [], False
-        made = {name: Backend(self._run(name), self._accepts(name)) for name in times}
+        made = {name: AttentionBackend(self._run(name), self._accepts(name)) for name in times}
         self.measured = Measured(limit, self._time, lambda: not self.capturing)
         self.chooser = Chooser(made, self.measured, lambda call: ("cudnn", "triton"))
 
@@ -141,7 +141,7 @@ def test_memory_is_bounded_and_the_oldest_goes():
 
 
 def test_unfused_attention_with_many_scores_is_a_last_resort(monkeypatch):
-    monkeypatch.setattr(backends, "_MATH_SCORES", 31)
+    monkeypatch.setattr(backends, "MATH_SCORES", 31)
     bench = Bench(math=1.0, triton=2.0)
     assert bench.chooser.run(call()) == "triton" and bench.timed == ["triton"]
     assert bench.chooser.run(call(lq=3)) == "math"

@@ -83,13 +83,15 @@ TILES = sorted({tile for m, _, n in kernels.SHAPES for tile in kernels.ranked(m,
 def test_every_tile_at_its_edges(tile) -> None:
     for m, k, n in ((tile.block_m + 3, 2 * tile.block_k, tile.block_n + 16), (tile.block_m, 80, tile.block_n)):
         x, weight, bias = layer(m, k, n, torch.bfloat16)
-        compare(lambda *a: op._linear_geglu(*a, tile), linear_geglu_reference, x, weight, bias)
+        compare(lambda *a: linear_geglu_kernel(*a, tile), linear_geglu_reference, x, weight, bias)
 
 
 def test_many_rows_of_tiles() -> None:
     """More of them than one group, the last group lower than the rest."""
     tile = kernels.Tile(16, 16, 16, 4, 2)
-    compare(lambda *a: op._linear_geglu(*a, tile), linear_geglu_reference, *layer(16 * 11 - 5, 16, 40, torch.float32))
+    compare(
+        lambda *a: linear_geglu_kernel(*a, tile), linear_geglu_reference, *layer(16 * 11 - 5, 16, 40, torch.float32)
+    )
 
 
 def test_leading_dimensions_and_strides() -> None:
@@ -205,7 +207,7 @@ def test_what_the_kernels_refuse(monkeypatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
             assert "autocast" in op.can_use_linear_geglu(x, fake(32, 16))[1]
-        monkeypatch.setattr(native, "_disabled", frozenset({"geglu", "linear_geglu"}))
+        monkeypatch.setattr(native, "disabled", frozenset({"geglu", "linear_geglu"}))
         assert "PYDIFF_DISABLE" in op.can_use_geglu(x)[1] and "PYDIFF_DISABLE" in op.can_use_linear_geglu(x, weight)[1]
     assert op.geglu_launches() == op.linear_geglu_launches() == 1
 

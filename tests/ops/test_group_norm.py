@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from pydiff.kernels import group_norm_plan  # noqa: E402
+from pydiff.kernels.group_norm_tiling import Sizes, select, two_kernels  # noqa: E402
 
 from pydiff.ops import group_norm as ops  # noqa: E402
 
@@ -81,15 +80,9 @@ def assert_close(found: Any, args: tuple, more: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def two_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls take the path for large tensors, shared out to few multiprocessors; tiny tensors take the other one."""
-
-    def select(samples: int, c1: int, c2: int, positions: int, groups: int, itemsize: int, nhwc: bool, *_: Any) -> Any:
-        vec = math.gcd(8, c1, c2) if nhwc else math.gcd(8, positions)
-        return group_norm_plan._select_two(samples, c1, c2, positions, groups, itemsize, nhwc, vec, 3)
-
-    monkeypatch.setattr(ops, "select", select)
-    yield
+    monkeypatch.setattr(ops, "select", lambda sizes, _: two_kernels(sizes, 3))
 
 
 def sweep(
@@ -110,7 +103,7 @@ def test_one_kernel(variant: str, last: bool) -> None:
 
 @pytest.mark.parametrize("last", [True, False], ids=["nhwc", "nchw"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_kernels(two_kernels: None, variant: str, last: bool) -> None:
+def test_two_kernels(in_two: None, variant: str, last: bool) -> None:
     sweep(IN_TWO, 2, variant, last, DTYPES)
 
 
@@ -120,12 +113,12 @@ def test_two_kernels(two_kernels: None, variant: str, last: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_combination(request: pytest.FixtureRequest, dtype: torch.dtype, variant: str, last: bool) -> None:
     sweep(SHAPES, 1, variant, last, (dtype,))
-    request.getfixturevalue("two_kernels")
+    request.getfixturevalue("in_two")
     sweep(IN_TWO, 2, variant, last, (dtype,))
 
 
 @pytest.mark.parametrize("channels, channels2, groups", [(320, 0, 32), (480, 160, 16), (96, 64, 2), (64, 0, 64)])
-def test_unet_channels_in_two_kernels(two_kernels: None, channels: int, channels2: int, groups: int) -> None:
+def test_unet_channels_in_two_kernels(in_two: None, channels: int, channels2: int, groups: int) -> None:
     """Tiles of 64 and 32 channels that divide the width, or not; groups that straddle them, or the inputs' border."""
     shape = (1, channels, 3, 5)
     args, more = arguments(shape, groups, torch.bfloat16, True, "x2" if channels2 else "add", channels2=channels2)
@@ -139,12 +132,12 @@ def test_unet_channels_in_one_kernel(channels: int) -> None:
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["nhwc", "nchw"])
-def test_chunks_and_repeated_tiles(two_kernels: None, last: bool) -> None:
+def test_chunks_and_repeated_tiles(in_two: None, last: bool) -> None:
     """Several blocks for each program of the first kernel, several programs for each sample, and a partial block."""
     shape = (1, 64, 2113) if last else (1, 2, 40001)
     args, more = arguments(shape, 2, torch.float32, last, "add", mean=30.0)
-    plan = ops._plan(args[0], None, 2, last)
-    assert plan.chunks > 1 and plan.statistics["UNROLL"] > 1
+    tiling = ops.select(Sizes(1, shape[1], 0, shape[2], 2, 4, last), 132)
+    assert tiling.chunks > 1 and tiling.statistics["UNROLL"] > 1
     assert_close(ops.group_norm_kernel(*args, **more), args, more)
 
 
@@ -153,7 +146,7 @@ def test_chunks_and_repeated_tiles(two_kernels: None, last: bool) -> None:
 @pytest.mark.parametrize("last", [True, False], ids=["nhwc", "nchw"])
 def test_large_mean(path: str, last: bool, request: pytest.FixtureRequest) -> None:
     if path == "two":
-        request.getfixturevalue("two_kernels")
+        request.getfixturevalue("in_two")
     for dtype in (torch.float32, torch.float16):
         for mean in (1e3, -1e4):
             args, more = arguments((1, 6, 11, 13), 2, dtype, last, "modulated", mean=mean)
@@ -166,7 +159,7 @@ def test_large_mean(path: str, last: bool, request: pytest.FixtureRequest) -> No
 @pytest.mark.parametrize("path", ["one", "two"])
 def test_constant_groups_outliers_and_nan(path: str, request: pytest.FixtureRequest) -> None:
     if path == "two":
-        request.getfixturevalue("two_kernels")
+        request.getfixturevalue("in_two")
     x = torch.full((1, 4, 6, 50), 1234.5, device=DEVICE)
     assert ops.group_norm_kernel(x, 2).abs().max() == 0
     x[:, :, 0, 0] = 2000.0  # the first value of each channel is what the others are compared with
@@ -179,7 +172,7 @@ def test_constant_groups_outliers_and_nan(path: str, request: pytest.FixtureRequ
 @pytest.mark.parametrize("path", ["one", "two"])
 def test_the_residual_sum_is_what_is_normalised(path: str, request: pytest.FixtureRequest) -> None:
     if path == "two":
-        request.getfixturevalue("two_kernels")
+        request.getfixturevalue("in_two")
     args, more = arguments((2, 12, 5, 7), 3, torch.bfloat16, True, "residual", mean=50.0)
     y, s = ops.group_norm_kernel(*args, **more)
     total = args[0].float() + more["add"].float()[:, None, None] + more["residual"].float()
@@ -244,13 +237,7 @@ def test_any_shape(
         return  # the statistics of a few values magnify rounding without bound
     with monkeypatch.context() as patch:
         if two:
-            patch.setattr(
-                ops,
-                "select",
-                lambda s, c1, c2, p, g, i, n, *_: group_norm_plan._select_two(
-                    s, c1, c2, p, g, i, n, math.gcd(8, c1, c2) if n else math.gcd(8, p), 2
-                ),
-            )
+            patch.setattr(ops, "select", lambda sizes, _: two_kernels(sizes, 2))
         args, more = arguments((samples, groups * cpg, positions), groups, dtype, last, variant)
         assert_close(ops.group_norm_kernel(*args, **more), args, more)
 
@@ -330,12 +317,12 @@ def test_launches() -> None:
 def test_programs_cover_the_tensor_and_fit(nhwc: bool) -> None:
     """At most 64 elements a thread, every multiprocessor at work on large tensors, blocks within the positions."""
     for channels, positions, samples in ((320, 128**2, 2), (960, 64**2, 2), (512, 128**2, 1), (128, 1024**2, 1)):
-        plan = group_norm_plan.select(samples, channels, 0, positions, 32, 2, nhwc, 132)
-        first, second = plan.statistics, plan.apply
+        tiling = select(Sizes(samples, channels, 0, positions, 32, 2, nhwc), 132)
+        first, second = tiling.statistics, tiling.apply
         tiles = -(-channels // first["COLS"])
-        assert plan.programs == samples * tiles * plan.chunks >= 110
+        assert tiling.programs == samples * tiles * tiling.chunks >= 110
         assert first["ROWS"] * first["UNROLL"] <= positions
         assert first["ROWS"] * first["COLS"] == 256 * first["num_warps"]
         assert second["ROWS"] * second["COLS"] <= 2048 * second["num_warps"]
         steps = -(-positions // (second["ROWS"] * second["REPEAT"]))
-        assert plan.apply_programs == samples * tiles * steps
+        assert tiling.apply_programs == samples * tiles * steps

@@ -38,16 +38,16 @@ def ulps(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
 @pytest.fixture
 def each_isa():
     chosen = native.build_info()["isa"]
-    yield native._C.select_isa
-    native._C.select_isa(chosen)
+    yield native.module.select_isa
+    native.module.select_isa(chosen)
 
 
 @pytest.mark.parametrize("counter, key, result", VECTORS)
 def test_published_vectors(counter, key, result):
     tensors = [torch.tensor([w]) for w in words(counter)]
     assert [int(w) for w in noise.philox_reference(tensors, [torch.tensor([w]) for w in words(key)])] == words(result)
-    if native._C is not None:
-        assert native._C.philox(words(counter), words(key)) == words(result)
+    if native.module is not None:
+        assert native.module.philox(words(counter), words(key)) == words(result)
 
 
 @compiled_only
@@ -56,12 +56,12 @@ def test_published_vectors(counter, key, result):
 def test_words_equal_the_reference(values):
     counter, key = values[:4], values[4:]
     expected = noise.philox_reference([torch.tensor([w]) for w in counter], [torch.tensor([w]) for w in key])
-    assert native._C.philox(counter, key) == [int(w) for w in expected]
+    assert native.module.philox(counter, key) == [int(w) for w in expected]
 
 
 def native_box_muller(r0: np.ndarray, r1: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     cosine, sine = torch.zeros(len(r0)), torch.zeros(len(r0))
-    native._C.box_muller(r0.ctypes.data, r1.ctypes.data, cosine.data_ptr(), sine.data_ptr(), len(r0))
+    native.module.box_muller(r0.ctypes.data, r1.ctypes.data, cosine.data_ptr(), sine.data_ptr(), len(r0))
     return cosine, sine
 
 
@@ -85,7 +85,7 @@ def test_normals_within_four_ulp_of_the_reference_over_sweeps_and_corners():
     ):
         r0, r1 = np.ascontiguousarray(r0), np.ascontiguousarray(r1[: len(r0)])
         r0 = np.ascontiguousarray(r0[: len(r1)])
-        expected = noise._box_muller_reference(*(torch.from_numpy(r.astype(np.int64)) for r in (r0, r1)))
+        expected = noise.box_muller_reference(*(torch.from_numpy(r.astype(np.int64)) for r in (r0, r1)))
         for got, want in zip(native_box_muller(r0, r1), expected, strict=True):
             assert torch.isfinite(got).all()
             worst = max(worst, ulps(got, want).max())
@@ -110,7 +110,7 @@ def test_every_instruction_set_gives_the_same_bits(shape, each_isa):
 def test_the_scalar_code_gives_the_bits_of_the_loops():
     seed, draw, blocks = 0xFEDCBA9876543210, 7, 300
     key = [seed & 0xFFFFFFFF, seed >> 32]
-    r = np.array([native._C.philox([k, 0, draw, 0], key) for k in range(blocks)], np.uint32).T.copy()
+    r = np.array([native.module.philox([k, 0, draw, 0], key) for k in range(blocks)], np.uint32).T.copy()
     pairs = [native_box_muller(r[2 * k], r[2 * k + 1]) for k in (0, 1)]
     four = torch.stack((*pairs[0], *pairs[1]), dim=1).flatten()
     got = noise.normal(torch.tensor([seed - 2**64]), draw, (4 * blocks,))
@@ -163,8 +163,8 @@ def test_float64_holds_the_float32_values():
 
 def test_the_reference_runs_where_compiled_code_is_turned_off(monkeypatch):
     seeds = torch.tensor([5, 6])
-    monkeypatch.setattr(native, "_disabled", frozenset({"noise"}))
-    monkeypatch.setattr(native, "_warned", set())
+    monkeypatch.setattr(native, "disabled", frozenset({"noise"}))
+    monkeypatch.setattr(native, "warned", set())
     with pytest.warns(UserWarning, match="PYDIFF_DISABLE names noise"):
         z = noise.normal(seeds, 9, (2, 5))
     assert torch.equal(z, noise.normal_reference(seeds, torch.tensor([9, 9]), (2, 5)))

@@ -77,7 +77,7 @@ def test_other_numbers_of_dimensions(channels_first):
 def test_blocks_that_do_not_divide_the_matrix(monkeypatch, config, nhwc):
     from pydiff.kernels import residual as kernels
 
-    monkeypatch.setattr(kernels, "select", lambda *_: kernels.Config(*config))
+    monkeypatch.setattr(kernels, "select", lambda *_: kernels.MatrixBlock(*config))
     x, residual = image(2, 21, 5, 5, nhwc=nhwc), image(2, 21, 5, 5, seed=1, nhwc=nhwc)
     check(x, residual, bias=make(21, seed=2), gate=make(2, 21, seed=3), scale=2.0)
 
@@ -149,6 +149,6 @@ def test_what_the_kernel_refuses(monkeypatch):
         x = torch.empty(1, 2, 8, device="cuda")
         assert op.can_use_residual_add(x, x, None) == (True, "")
         assert "gradients" in op.can_use_residual_add(x, torch.empty(1, 2, 8, device="cuda", requires_grad=True))[1]
-        monkeypatch.setattr(native, "_disabled", frozenset({"residual_add"}))
+        monkeypatch.setattr(native, "disabled", frozenset({"residual_add"}))
         assert "PYDIFF_DISABLE" in op.can_use_residual_add(x)[1]
     assert "CUDA" in op.can_use_residual_add(make(1, 2, 8))[1]

@@ -90,7 +90,7 @@ def test_fewer_key_heads_and_a_rotation_for_each_row():
 def test_several_programs_for_the_heads(monkeypatch):
     from pydiff.kernels import rms_norm as kernels
 
-    monkeypatch.setattr(kernels, "select_heads", lambda *_: kernels.Config(2, 16, 1))
+    monkeypatch.setattr(kernels, "select_heads", lambda *_: kernels.HeadBlock(2, 16, 1))
     check(make(1, 2, 5, 32), make(1, 2, 3, 32, seed=1), make(32), make(32), *rotation(2, 32))
 
 
@@ -199,7 +199,7 @@ def test_what_the_kernels_refuse(monkeypatch):
         assert "1024" in op.can_use_qk_norm_rotary(long, long)[1]
         assert "keys are empty" in op.can_use_qk_norm_rotary(q, torch.empty(1, 2, 0, 8, device="cuda"))[1]
         assert "16384" in op.can_use_rms_norm(torch.empty(1, 16385, device="cuda"))[1]
-        monkeypatch.setattr(native, "_disabled", frozenset({"rms_norm", "qk_norm_rotary"}))
+        monkeypatch.setattr(native, "disabled", frozenset({"rms_norm", "qk_norm_rotary"}))
         assert "PYDIFF_DISABLE" in op.can_use_rms_norm(q)[1] and "PYDIFF_DISABLE" in op.can_use_qk_norm_rotary(q, q)[1]
     assert "CUDA" in op.can_use_rms_norm(make(1, 8))[1]
 

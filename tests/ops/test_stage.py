@@ -28,9 +28,9 @@ def backend(request):
         yield stage_reference
         return
     chosen = native.build_info()["isa"]
-    native._C.select_isa(request.param)
+    native.module.select_isa(request.param)
     yield stage
-    native._C.select_isa(chosen)
+    native.module.select_isa(chosen)
 
 
 def run(function, seed, options, **kwargs):
@@ -55,9 +55,9 @@ def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def test_the_layout_is_the_one_in_csrc():
-    if native._C is None:
+    if native.module is None:
         pytest.skip("no compiled code")
-    for name, value in native._C.layout().items():
+    for name, value in native.module.layout().items():
         assert getattr(table, name) == value, name
 
 
@@ -185,11 +185,11 @@ def test_all_instruction_sets_and_thread_counts_give_the_same_bits(dtype):
         for isa in ISAS:
             for threads in (1, 2, 3, 7):
                 torch.set_num_threads(threads)
-                native._C.select_isa(isa)
+                native.module.select_isa(isa)
                 results.append(move(case, "cpu"))
                 stage(results[-1], m)
     finally:
-        native._C.select_isa(chosen)
+        native.module.select_isa(chosen)
     for t in results[1:]:
         assert all(same_bits(bits(t, b), bits(results[0], b)) for b in range(3))
 
@@ -309,7 +309,7 @@ def test_half_precision_conversions_are_exactly_torchs():
         middle = (middle + step) / 2
         beside = [middle.nextafter(torch.tensor(side)) for side in (-torch.inf, torch.inf)]
         for isa in ISAS:
-            native._C.select_isa(isa)
+            native.module.select_isa(isa)
             for m in (halves, middle, *beside):
                 t = StageTensors(
                     torch.zeros(1, 1, 2**16),
@@ -324,7 +324,7 @@ def test_half_precision_conversions_are_exactly_torchs():
                 stage(t, m[None])
                 torch.testing.assert_close(t.registers[0, 0], m.float(), rtol=0, atol=0, equal_nan=True)
                 torch.testing.assert_close(t.model_input[0], m.float().to(dtype), rtol=0, atol=0, equal_nan=True)
-        native._C.select_isa(ISAS[0])
+        native.module.select_isa(ISAS[0])
 
 
 @pytest.mark.parametrize(
@@ -362,8 +362,8 @@ def test_a_model_that_returns_its_own_input_or_a_register(backend):
 
 
 def test_the_reference_runs_where_compiled_code_is_turned_off(monkeypatch):
-    monkeypatch.setattr(native, "_disabled", frozenset({"stage"}))
-    monkeypatch.setattr(native, "_warned", set())
+    monkeypatch.setattr(native, "disabled", frozenset({"stage"}))
+    monkeypatch.setattr(native, "warned", set())
     with pytest.warns(UserWarning, match="PYDIFF_DISABLE names stage"):
         run(stage, 1, Options())
 

@@ -33,9 +33,9 @@ class TestBinding:
     def test_it_is_kept_while_nothing_moves(self):
         t, m = self.case()
         stage(t, m)
-        bound = t._bound
+        bound = t.bound
         stage(t, m.clone())
-        assert bound is not None and t._bound is bound
+        assert bound is not None and t.bound is bound
 
     @pytest.mark.parametrize(
         "change",
@@ -68,7 +68,7 @@ class TestBinding:
         stage(t, m)
         setattr(t, name, getattr(t, name).clone())
         gc.collect()
-        assert t._bound is None
+        assert t.bound is None
         self.step_checked(t, m)
 
     @pytest.mark.parametrize("name", ["registers", "model_input", "cursor", "coefficients"])
@@ -98,7 +98,7 @@ class TestBinding:
             assert torch.equal(held, t.registers)
 
     def test_more_dimensions_than_the_loops_take(self, monkeypatch):
-        monkeypatch.setattr(native, "_warned", set())
+        monkeypatch.setattr(native, "warned", set())
         t, m = self.case(sample=(2,) * 8)
         m = torch.zeros(4, *(3,) * 8)[(slice(None), *(slice(0, 3, 2),) * 8)].copy_(m)
         with pytest.warns(UserWarning, match="too many dimensions"):

@@ -173,7 +173,7 @@ def test_what_the_kernel_refuses(monkeypatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
             assert "autocast" in op.can_use_upsample_conv2d(x, weight)[1]
-        monkeypatch.setattr(native, "_disabled", frozenset({"upsample_conv2d"}))
+        monkeypatch.setattr(native, "disabled", frozenset({"upsample_conv2d"}))
         assert "PYDIFF_DISABLE" in op.can_use_upsample_conv2d(x, weight)[1]
     assert op.upsample_conv2d_launches() == 3
 
@@ -193,14 +193,14 @@ def test_the_faster_way_is_measured_once_and_taken(monkeypatch, faster) -> None:
 
     monkeypatch.setattr(op, "measured", Measured(timer=timer))
     monkeypatch.setattr(op, "can_use_upsample_conv2d", lambda *_: (True, ""))
-    monkeypatch.setattr(op, "_pays", lambda *_: True)
+    monkeypatch.setattr(kernels, "pays", lambda *_: True)
     monkeypatch.setattr(triton_ops, "launch", counting)
     x, weight, bias = layer(1, 6, 4, 3, 5)
     for _ in range(2):
         compare(upsample_conv2d, upsample_conv2d_reference, x, weight, bias)
     assert timed == [0, 1] and launched == ["fold", "interleave"] * (1 + 2 * (faster == 0))
     assert [choice.name for choice in op.measured.choices().values()] == [("folded", "chain")[faster]]
-    monkeypatch.setattr(op, "_pays", lambda *_: False)
+    monkeypatch.setattr(kernels, "pays", lambda *_: False)
     del launched[:]
     upsample_conv2d(x, weight, bias)
     assert not launched

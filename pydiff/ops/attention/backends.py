@@ -30,7 +30,7 @@ from pydiff.ops.measured import Choice, Measured
 
 HALF = (torch.bfloat16, torch.float16)
 _sdpa_flags = threading.RLock()  # PyTorch keeps the enabled backends in process-wide flags
-_MATH_SCORES = 2**26  # more scores than that, and PyTorch's unfused attention is timed only where nothing else runs
+MATH_SCORES = 2**26  # more scores than that, and PyTorch's unfused attention is timed only where nothing else runs
 
 
 class Call(NamedTuple):
@@ -53,7 +53,7 @@ class Call(NamedTuple):
         return tuple(q.shape), k.shape[2], strides, q.dtype, masked, scale is None or scale > 0.0, q.device
 
 
-class Backend(NamedTuple):
+class AttentionBackend(NamedTuple):
     """`run` computes a call, in memory [B, Lq, H, D]; `accepts` says whether it would, and if not, why."""
 
     run: Callable[[Call], torch.Tensor]
@@ -85,7 +85,7 @@ class Chooser:
 
     def __init__(
         self,
-        backends: Mapping[str, Backend],
+        backends: Mapping[str, AttentionBackend],
         measured: Measured | None = None,
         order: Callable[[Call], tuple[str, ...]] = likely,
     ) -> None:
@@ -135,7 +135,7 @@ class Chooser:
         return name if accepted else None
 
     def _find(self, call: Call) -> str | None:
-        few = call.q.shape[:3].numel() * call.k.shape[2] <= _MATH_SCORES
+        few = call.q.shape[:3].numel() * call.k.shape[2] <= MATH_SCORES
         try:
             return self._fastest(call, few)
         except Exception as error:
@@ -155,7 +155,7 @@ class Chooser:
         return self.measured.find(call.key(), candidates, call.q.device)
 
 
-def _library(backend: SDPBackend, accepts: Callable[[Call], triton_ops.Usable]) -> Backend:
+def _library(backend: SDPBackend, accepts: Callable[[Call], triton_ops.Usable]) -> AttentionBackend:
     """One backend of `scaled_dot_product_attention`, without the others to fall back to."""
 
     def run(call: Call) -> torch.Tensor:
@@ -164,7 +164,7 @@ def _library(backend: SDPBackend, accepts: Callable[[Call], triton_ops.Usable]) 
             out = F.scaled_dot_product_attention(call.q, call.k, call.v, attn_mask=mask, scale=call.scale)
         return sequence_major(without_dead_rows(out, call.mask))
 
-    return Backend(run, accepts)
+    return AttentionBackend(run, accepts)
 
 
 def _half_without_mask(call: Call) -> triton_ops.Usable:
@@ -195,7 +195,7 @@ def _any(call: Call) -> triton_ops.Usable:
 
 chooser = Chooser(
     {
-        "triton": Backend(lambda call: attention_kernel(*call), lambda call: can_use_attention(*call)),
+        "triton": AttentionBackend(lambda call: attention_kernel(*call), lambda call: can_use_attention(*call)),
         "cudnn": _library(SDPBackend.CUDNN_ATTENTION, _half),
         "flash": _library(SDPBackend.FLASH_ATTENTION, _half_without_mask),
         "efficient": _library(SDPBackend.EFFICIENT_ATTENTION, _dense),

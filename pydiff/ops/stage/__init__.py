@@ -29,6 +29,7 @@ from pydiff.ops import library, native
 from pydiff.ops.stage import compiled
 from pydiff.ops.stage.reference import stage_reference as stage_reference
 from pydiff.ops.stage.reference import write_model_input_reference as write_model_input_reference
+from pydiff.ops.stage.tensors import FIELDS as FIELDS
 from pydiff.ops.stage.tensors import MODEL_DTYPES as MODEL_DTYPES
 from pydiff.ops.stage.tensors import StageTensors, check_model_output, check_tensors
 
@@ -49,7 +50,7 @@ def stage(t: StageTensors, m: torch.Tensor) -> None:
         _through_operator(t, m)
         return
     # Between two stages nothing changes but what the tensors hold; the bound operation checks exactly that.
-    bound = t._bound
+    bound = t.bound
     if bound is None or not bound.step(m):
         _stage_unbound(t, m)
 
@@ -63,9 +64,9 @@ def _stage_unbound(t: StageTensors, m: torch.Tensor) -> None:
 
 
 def _stage(t: StageTensors, m: torch.Tensor) -> None:
-    if not t._checked:
+    if not t.checked:
         check_tensors(t)
-        t._checked = True
+        t.checked = True
     fast, reason = can_use_native(t.registers.device)
     if fast:
         try:
@@ -77,24 +78,7 @@ def _stage(t: StageTensors, m: torch.Tensor) -> None:
 
 
 def _through_operator(t: StageTensors, m: torch.Tensor) -> None:
-    _stage_op(
-        m,
-        t.registers,
-        t.cursor,
-        t.stop,
-        t.seeds,
-        t.coefficients,
-        t.indices,
-        t.copies,
-        t.model_input,
-        t.model_time,
-        t.mask,
-        t.known,
-        t.constant,
-        t.extra,
-        t.noise,
-        t.nonfinite,
-    )
+    _stage_op(m, *(getattr(t, name) for name in FIELDS))
 
 
 def _stage_flat(m: torch.Tensor, *fields: Any) -> None:

@@ -48,7 +48,8 @@ def bind(t: StageTensors, m: torch.Tensor) -> Any:
     views = {name: _view(named[name], int(name == "noise")) for name in _VIEWS if named[name] is not None}
     views["m"] = _view(m)
     try:
-        return native._C.BoundStage(sizes, pointers, views, m, watched, torch.get_num_threads, native.current_stream)
+        make = native.module.BoundStage
+        return make(sizes, pointers, views, m, watched, torch.get_num_threads, native.current_stream)
     except ValueError as error:
         raise native.Unsupported(str(error)) from None
 
@@ -63,4 +64,4 @@ def run(t: StageTensors, m: torch.Tensor) -> None:
         bound = bind(t, m)
         if not bound.step(m):
             raise RuntimeError("the tensors of the stage changed while it was being bound")
-    t._bound = bound
+    t.bound = bound

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -45,17 +45,17 @@ class StageTensors:
     extra: torch.Tensor | None = None
     noise: torch.Tensor | None = None
     nonfinite: torch.Tensor | None = None
-    _bound: Any = field(default=None, init=False, repr=False)  # the compiled operation, for as long as it fits
-    _checked: bool = field(default=False, init=False, repr=False)  # that the tensors fit one another
+    bound: Any = field(default=None, init=False, repr=False)  # the compiled operation, for as long as it fits
+    checked: bool = field(default=False, init=False, repr=False)  # that the tensors fit one another
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-        if name not in ("_bound", "_checked"):
-            object.__setattr__(self, "_bound", None)  # it holds the address of what was replaced
-            object.__setattr__(self, "_checked", False)
+        if name not in ("bound", "checked"):
+            object.__setattr__(self, "bound", None)  # it holds the address of what was replaced
+            object.__setattr__(self, "checked", False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bound": None}
+        return {**self.__dict__, "bound": None}
 
     @property
     def rows(self) -> int:
@@ -64,6 +64,10 @@ class StageTensors:
     @property
     def sample_shape(self) -> torch.Size:
         return self.registers.shape[2:]
+
+
+FIELDS = tuple(f.name for f in fields(StageTensors) if f.init)
+"""What `StageTensors` is made of, in the order in which the operator takes it too."""
 
 
 def check_model_output(t: StageTensors, m: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pydiff
-from pydiff.check.fake_cuda import _fake_tensor_mode
+from pydiff.check.fake_cuda import fake_tensor_mode
 from pydiff.check.launches import fake_cuda
 from tests.optimize import checks
 
@@ -427,7 +427,7 @@ def test_a_compiler_sees_the_kernels_of_a_cuda_model() -> None:
         graphs.append(graph)
         return graph
 
-    with torch.no_grad(), _fake_tensor_mode():
+    with torch.no_grad(), fake_tensor_mode():
         compiled = torch.compile(lambda *a: block(*a, return_dict=False)[0], fullgraph=True, backend=backend)
         assert compiled(x, text).shape == x.shape
     assert len(graphs) == 1
