@@ -7,13 +7,15 @@ y = activation((norm(s) * weight + bias) * (1 + scale) + shift)          with sc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from pydiff.kernels.group_norm_plan import Plan, select
 from pydiff.ops import triton_ops
+
+if TYPE_CHECKING:
+    from pydiff.kernels.group_norm_plan import Plan
 
 Tensor = torch.Tensor
 Output = Tensor | tuple[Tensor, Tensor]
@@ -62,8 +64,10 @@ def _like(x: Tensor, channels: int, nhwc: bool) -> Tensor:
 
 
 def _plan(x: Tensor, x2: Tensor | None, num_groups: int, nhwc: bool) -> Plan:
+    from pydiff.kernels import group_norm_plan
+
     more = 0 if x2 is None else int(x2.shape[1])
-    return select(
+    return group_norm_plan.select(
         int(x.shape[0]),
         int(x.shape[1]),
         more,

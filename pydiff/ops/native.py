@@ -9,9 +9,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+
+_TREE = Path(__file__).resolve().parents[2]
+_IN_TREE = (_TREE / "setup.py").is_file()
+REMEDY = f"this is pydiff's source tree: run `pip install -e .` in {_TREE}" if _IN_TREE else "install pydiff again"
 
 _C: Any = None
 _missing = ""
@@ -24,7 +29,7 @@ else:
     try:
         import pydiff._C as _C  # type: ignore[no-redef,import-not-found]
     except ImportError as error:
-        _missing = f"pydiff._C cannot be imported ({error}); install pydiff where a C++ compiler is, to build it"
+        _missing = f"pydiff._C cannot be imported ({error}); {REMEDY}, with a C++ compiler at hand, to build it"
 
 _HAS_CUDA = _C is not None and _C.build_info()["cuda"]
 _OLDEST_CUDA = (8, 0)

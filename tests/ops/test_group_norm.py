@@ -88,7 +88,7 @@ def two_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         vec = math.gcd(8, c1, c2) if nhwc else math.gcd(8, positions)
         return group_norm_plan._select_two(samples, c1, c2, positions, groups, itemsize, nhwc, vec, 3)
 
-    monkeypatch.setattr(ops, "select", select)
+    monkeypatch.setattr(group_norm_plan, "select", select)
     yield
 
 
@@ -245,7 +245,7 @@ def test_any_shape(
     with monkeypatch.context() as patch:
         if two:
             patch.setattr(
-                ops,
+                group_norm_plan,
                 "select",
                 lambda s, c1, c2, p, g, i, n, *_: group_norm_plan._select_two(
                     s, c1, c2, p, g, i, n, math.gcd(8, c1, c2) if n else math.gcd(8, p), 2
