@@ -54,7 +54,7 @@ class Build(build_ext):
         for compiler in dict.fromkeys((nvcc, None)):
             try:
                 return self.compile(target, compiler)
-            except (OSError, RuntimeError) as error:
+            except (ImportError, OSError, RuntimeError) as error:
                 if compiler and cuda == "1":
                     raise
                 missing = "CUDA" if compiler else "compiled code"
@@ -90,7 +90,16 @@ class Build(build_ext):
         run([*link, *(objects / f"{name}.o" for name in jobs), "-o", target])
 
 
+def absolute_links(markdown, where="https://github.com/pydiff/pydiff"):
+    """The links of a README to files of this repository, as they work on a page elsewhere; pictures as pictures."""
+    link = r"(!?)\[([^][]*)\]\((?![a-z]+:|#)([^()\s]+)\)"
+    kind = {"": "blob", "!": "raw"}
+    return re.sub(link, lambda m: f"{m[1]}[{m[2]}]({where}/{kind[m[1]]}/main/{m[3]})", markdown)
+
+
 setup(
+    long_description=absolute_links(Path("README.md").read_text(encoding="utf-8")),
+    long_description_content_type="text/markdown",
     packages=[*find_packages(include=["pydiff", "pydiff.*"]), "pydiff.kernels"],
     ext_modules=[Extension("pydiff._C", sources=[], optional=True)],
     cmdclass={"build_ext": Build},

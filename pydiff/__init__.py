@@ -81,12 +81,20 @@ if TYPE_CHECKING:
     from pydiff.solvers.compiler import make_plan as make_plan
 
 
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:  # most likely the folder of a source tree, found by its place alone
+        remedy = f"pydiff in {__path__[0]} lacks what an installation brings; run `pip install -e .` in its source tree"
+        raise ModuleNotFoundError(f"{error}: {remedy}", name=error.name, path=error.path) from error
+
+
 def __getattr__(name: str) -> Any:
     if name == "optimize":  # the package `pydiff.optimize`, which can be called
-        return importlib.import_module("pydiff.optimize")
+        return _import("pydiff.optimize")
     if name not in _HOME:
         raise AttributeError(f"module 'pydiff' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    value = getattr(_import(_HOME[name]), name)
     globals()[name] = value
     return value
 

@@ -7,13 +7,15 @@ y = activation((norm(s) * weight + bias) * (1 + scale) + shift)          with sc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from pydiff.kernels.group_norm_tiling import Sizes, Tiling, select
 from pydiff.ops import triton_ops
+
+if TYPE_CHECKING:
+    from pydiff.kernels.group_norm_tiling import Tiling
 
 Tensor = torch.Tensor
 Output = Tensor | tuple[Tensor, Tensor]
@@ -62,9 +64,11 @@ def _like(x: Tensor, channels: int, nhwc: bool) -> Tensor:
 
 
 def _tiling(x: Tensor, x2: Tensor | None, num_groups: int, nhwc: bool) -> Tiling:
+    from pydiff.kernels import group_norm_tiling
+
     channels2 = 0 if x2 is None else int(x2.shape[1])
     sizes = (int(x.shape[0]), int(x.shape[1]), channels2, int(x.shape[2:].numel()), int(num_groups), x.element_size())
-    return select(Sizes(*sizes, nhwc), triton_ops.multiprocessors(x.device))
+    return group_norm_tiling.select(group_norm_tiling.Sizes(*sizes, nhwc), triton_ops.multiprocessors(x.device))
 
 
 def _rows(values: Tensor | None) -> tuple[Tensor | None, int]:

@@ -9,9 +9,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+
+_TREE = Path(__file__).resolve().parents[2]
+_IN_TREE = (_TREE / "setup.py").is_file()
+REMEDY = f"this is pydiff's source tree: run `pip install -e .` in {_TREE}" if _IN_TREE else "install pydiff again"
 
 module: Any = None  # `pydiff._C`, or None, and
 missing = ""  # then why there is none
@@ -24,7 +29,7 @@ else:
     try:
         import pydiff._C as module  # type: ignore[no-redef,import-not-found]
     except ImportError as error:
-        missing = f"pydiff._C cannot be imported ({error}); install pydiff where a C++ compiler is, to build it"
+        missing = f"pydiff._C cannot be imported ({error}); {REMEDY}, with a C++ compiler at hand, to build it"
 
 _HAS_CUDA = module is not None and module.build_info()["cuda"]
 OLDEST_CUDA = (8, 0)  # compute capability that the kernels need, the Triton ones too

@@ -30,6 +30,12 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def has_kernels() -> bool:
+    """An installation puts the folder `kernels/` under this name; a source tree that is not installed lacks it."""
+    return importlib.util.find_spec("pydiff.kernels") is not None
+
+
 @torch.compiler.assume_constant_result
 def available(op: str, device: torch.device) -> Usable:
     """Whether Triton kernels run on `device`, and if not, why."""
@@ -39,6 +45,8 @@ def available(op: str, device: torch.device) -> Usable:
         return False, f"PYDIFF_DISABLE names {op}"
     if not has_triton():
         return False, "triton is not installed (pip install triton)"
+    if not has_kernels():
+        return False, f"pydiff.kernels is not installed; {native.REMEDY}"
     if capability(device) < native.OLDEST_CUDA:
         return False, f"sm_{''.join(map(str, capability(device)))} is older than sm_80"
     return True, ""

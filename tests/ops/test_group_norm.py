@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from pydiff.kernels import group_norm_tiling  # noqa: E402
 from pydiff.kernels.group_norm_tiling import Sizes, select, two_kernels  # noqa: E402
 
 from pydiff.ops import group_norm as ops  # noqa: E402
@@ -82,7 +83,7 @@ def assert_close(found: Any, args: tuple, more: dict[str, Any]) -> None:
 @pytest.fixture
 def in_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls take the path for large tensors, shared out to few multiprocessors; tiny tensors take the other one."""
-    monkeypatch.setattr(ops, "select", lambda sizes, _: two_kernels(sizes, 3))
+    monkeypatch.setattr(group_norm_tiling, "select", lambda sizes, _: two_kernels(sizes, 3))
 
 
 def sweep(
@@ -237,7 +238,7 @@ def test_any_shape(
         return  # the statistics of a few values magnify rounding without bound
     with monkeypatch.context() as patch:
         if two:
-            patch.setattr(ops, "select", lambda sizes, _: two_kernels(sizes, 2))
+            patch.setattr(group_norm_tiling, "select", lambda sizes, _: two_kernels(sizes, 2))
         args, more = arguments((samples, groups * cpg, positions), groups, dtype, last, variant)
         assert_close(ops.group_norm_kernel(*args, **more), args, more)
 
