@@ -137,7 +137,7 @@ def test_chunks_and_repeated_tiles(in_two: None, last: bool) -> None:
     """Several blocks for each program of the first kernel, several programs for each sample, and a partial block."""
     shape = (1, 64, 2113) if last else (1, 2, 40001)
     args, more = arguments(shape, 2, torch.float32, last, "add", mean=30.0)
-    tiling = ops.select(Sizes(1, shape[1], 0, shape[2], 2, 4, last), 132)
+    tiling = group_norm_tiling.select(Sizes(1, shape[1], 0, shape[2], 2, 4, last), 132)
     assert tiling.chunks > 1 and tiling.statistics["UNROLL"] > 1
     assert_close(ops.group_norm_kernel(*args, **more), args, more)
 
