@@ -43,7 +43,7 @@ class CallOptions(RunOptions):
     """[B, *sample] or broadcastable: start from this clean sample, noised to the plan's first time (compile with
     t_start=)."""
     guidance_scale: GuidanceScale | None = None
-    """In place of the compiled one: a number, one for each model call, or a function of the times."""
+    """In place of the compiled one: a number, one for each model call, or a function of the model's time."""
     plan: Plan | Sequence[Plan] | None = None
     """In place of the compiled one (see `Sampler.make_plan`), or one for each row."""
     device: torch.device | str | None = None
@@ -51,38 +51,55 @@ class CallOptions(RunOptions):
 
 
 class Beginning(NamedTuple):
-    """What a call starts from: x_T, or None where it is still to be drawn from the seeds."""
+    """What a call starts from."""
 
     x: torch.Tensor | None
+    """x_T, or None where it is still to be drawn from the seeds."""
     shape: tuple[int, ...]
+    """[B, *sample]."""
     device: torch.device
+    """Where x is, or will be."""
     seeds: list[int] | None
+    """One a row; None where a generator or the caller's noise decides."""
 
 
 class Sampler:
     """A model with a compiled plan, called as often as wanted.
 
     Args:
-        model: any callable model(x, t, **cond). A module's `schedule_config` and `prediction` attributes are the
-            defaults of those two arguments.
-        solver, steps, schedule, prediction, grid, guidance_scale and all further keywords: see `make_plan`. 20 steps
-            by default.
-        dtype: float32 (float64 on request), of the state. model_dtype: of the model's input; by default that of a
-            module's first parameter, and `dtype` where there is none.
+        model: any callable model(x, t, **cond), x [copies * B, *sample] and t [copies * B]: copies is 1, or 2 where the
+            guidance scale is not 1, and then the rows are [unconditional; conditional]. A module's `schedule_config`
+            and `prediction` attributes are the defaults of those two arguments.
+        solver: a registered name, see `list_solvers`.
+        steps: intervals of the time grid; 20 by default.
+        schedule: the noise schedule that the model was trained with; `VPLinear` by default.
+        prediction: what the model returns, see `get_prediction`; "epsilon" by default.
+        plan_options: grid, times, guidance_scale, clip, known and all further keywords of `make_plan`.
+        dtype: of the state, float32 or float64.
+        model_dtype: of the model's input; by default that of a module's first parameter, and `dtype` where there is
+            none.
         graph: run the loop as CUDA graphs, captured once for each shape, dtype and structure of the condition:
             "loop" (or True): all stages of the plan in one graph, one launch from noise to sample;
             "stage": one stage in a graph, launched once a stage, the device counting;
             "device": one launch of a loop on the device around the stage; "stage" where CUDA cannot do that;
             "auto": what is fastest, measured once, and no graph where that gains less than 2 %;
             False: no graph. Without a CUDA device the loop runs eagerly, with the same samples.
-        max_graphs: how many captured loops are held; the least recently used is released for another.
+        max_graphs: how many captured loops are held, at least 1; the least recently used is released for another.
 
-    Raises: TypeError for a model that cannot be called, a pipeline, or a diffusers model without its schedule; what
-        `make_plan` raises for the others.
+    Attributes:
+        model, schedule, prediction, dtype: as above.
+        plan: the compiled one.
+        graphs: the captured loops, or None with graph=False; see `stats` and `release`.
+
+    Raises: TypeError for a model that cannot be called, a pipeline, or a diffusers model without its schedule;
+        ValueError for another `graph` and `max_graphs`; what `make_plan` raises for the others.
 
     Example:
-        sampler = Sampler(model, solver="dpmpp_2m", steps=20, grid="karras", guidance_scale=5.0)
-        x = sampler((4, 3, 32, 32), cond={"labels": y}, uncond={"labels": null}, seed=[1, 2, 3, 4])
+        model = pydiff.load_model("mnist")  # knows its schedule and prediction
+        sampler = pydiff.Sampler(model, solver="dpmpp_2m", steps=6, guidance_scale=2.0)
+        labels = {"labels": torch.tensor([3, 7])}
+        x = sampler((2, 1, 28, 28), cond=labels, uncond={"labels": model.null_label}, seed=[11, 12])
+        print(sampler.plan)
     """
 
     def __init__(
@@ -116,7 +133,7 @@ class Sampler:
 
     @property
     def model_dtype(self) -> torch.dtype:
-        """The dtype of the model's input."""
+        """The dtype of the model's input: the one given, else that of the model's first parameter, else `dtype`."""
         if self._model_dtype is not None:
             return self._model_dtype
         parameter = first_parameter(self.model)
@@ -128,14 +145,28 @@ class Sampler:
 
         Args:
             shape_or_x: shape [B, *sample] to start from noise, or x_T itself at the plan's first time.
-            x0: start from this clean sample, noised to the plan's first time (compile with t_start=).
-            seed: an integer s (row k takes s + k), one for each row, or None for random ones.
-            guidance_scale: in place of the compiled one.
-            plan: in place of the compiled one (see `make_plan`), or one for each row.
+            x0: start from this clean sample, [B, *sample] or one row, noised to the plan's first time (compile with
+                t_start=).
+            seed: of all noise, x_T's included: an integer s (row k takes s + k), one for each row, or None: random.
+            guidance_scale: in place of the compiled one: a number, one for each model call, or a function of the
+                model's time.
+            plan: in place of the compiled one (see `Sampler.make_plan`), or one for each row.
             device: where to sample, for a shape; the model's device by default.
-            The others are those of `run_plan`; dtype and model_dtype are the sampler's by default.
+            dtype, model_dtype: the sampler's by default.
+            noise, generator, cond, uncond, mask, known, constant, extra: as in `run_plan`.
+            callback, callback_stages, progress, return_trajectory, check_finite, hoist: as in `run_plan`.
 
-        Returns and raises what `run_plan` does.
+        Returns: the samples, [B, *sample] in `dtype` on the device of sampling; with return_trajectory (sample,
+            trajectory [stages + 1, B, *sample]).
+
+        Raises: TypeError for arguments that exclude each other (seed and generator; a tensor with x0 or device; x0 or
+            guidance_scale with several plans); what `run_plan` raises.
+
+        Example:
+            model = pydiff.load_model("mnist")
+            sampler = pydiff.Sampler(model, "dpmpp_2m", 6, t_start=0.5)
+            x0 = pydiff.sample(model, (1, 1, 28, 28), steps=6, seed=0)
+            variations = sampler((4, 1, 28, 28), x0=x0, seed=1)  # from half way
         """
         warn_if_training(self.model)
         plans = self._plans(options.plan, options.guidance_scale)
@@ -186,7 +217,19 @@ class Sampler:
         return Beginning(self._noised(plans, _draw(shape, seeds, device, dtype), options.x0), shape, device, seeds)
 
     def make_plan(self, solver: str, steps: int | None = None, **plan_options: Any) -> Plan:
-        """Another plan for this model (see `pydiff.make_plan`): its schedule and prediction, 20 steps by default."""
+        """Another plan for this model: its schedule and prediction, and what `pydiff.make_plan` takes besides.
+
+        Args:
+            solver: a registered name.
+            steps: intervals of the time grid; 20 by default.
+            plan_options: further keywords of `pydiff.make_plan`.
+
+        Raises what `pydiff.make_plan` does.
+
+        Example:
+            sampler = pydiff.Sampler(pydiff.load_model("mnist"), steps=6)
+            x = sampler((1, 1, 28, 28), plan=sampler.make_plan("unipc", 5), seed=0)
+        """
         if steps is None and plan_options.get("times") is None and plan_options.get("sigmas") is None:
             steps = DEFAULT_STEPS
         return make_plan(solver, self.schedule, steps, prediction=self.prediction, **plan_options)
@@ -196,7 +239,10 @@ class Sampler:
         return GraphStats() if self.graphs is None else self.graphs.stats()
 
     def release(self) -> None:
-        """Give back all captured loops and their memory. The next call captures anew."""
+        """Give back all captured loops and their memory. The next call captures anew.
+
+        Raises: RuntimeError from within a callback of this sampler.
+        """
         if self.graphs is not None:
             self.graphs.release()
 
@@ -259,23 +305,25 @@ def sample(
     seed: Seed | None = None,
     **options: Any,
 ) -> Any:
-    """Draw samples of `shape` [B, *sample] from a model: a `Sampler` made and called once.
+    """Draw samples from a model: a `Sampler` made and called once.
 
     Args:
-        model: any callable model(x, t, **cond), x [B, *sample] and t [B].
+        model: any callable model(x, t, **cond), x [B, *sample] and t [B], with guidance twice the rows.
         shape: [B, *sample].
-        solver, steps: a registered name, and intervals of the time grid (20 by default).
+        solver: a registered name, see `list_solvers`.
+        steps: intervals of the time grid; 20 by default.
         seed: an integer s (row k takes s + k), one for each row, or None for random ones.
-        options: those of `Sampler` and `make_plan` (schedule, prediction, grid, guidance_scale, ...) and those of a
-            sampler's call (cond, uncond, callback, progress, ...).
+        options: those of `Sampler` and `make_plan` (schedule, prediction, grid, guidance_scale, dtype, ...) and those
+            of a sampler's call (cond, uncond, callback, progress, ...).
 
-    Returns: the samples, float32 [B, *sample] on the model's device.
+    Returns: the samples, [B, *sample] in `dtype` (float32 by default) on the model's device.
 
     Raises: TypeError or ValueError naming the argument, before the first model call; `NonFiniteError` if the model
         returns NaN or infinity.
 
     Example:
-        x = pydiff.sample(pydiff.load_model("mnist"), (16, 1, 28, 28), solver="unipc", steps=8, seed=0)
+        x = pydiff.sample(pydiff.load_model("mnist"), (2, 1, 28, 28), solver="unipc", steps=8, seed=0)
+        assert x.shape == (2, 1, 28, 28)
     """
     calling = {name: options.pop(name) for name in list(options) if name in _OF_THE_CALL}
     return Sampler(model, solver, steps, **options)(shape, seed=seed, **calling)
@@ -328,8 +376,15 @@ def check_capturable(
 
     Returns: a `CaptureReport`, true where nothing was found.
 
-    Raises `TypeError` or `ValueError` for a model that is not callable or cannot be copied, for x that is neither
-    tensor nor shape, and for options that `Sampler` does not take. An error of the model itself is in the report.
+    Raises: TypeError or ValueError for a model that is not callable or cannot be copied, for x that is neither tensor
+        nor shape, and for options that `Sampler` does not take. An error of the model itself is in the report.
+
+    Example:
+        def model(x, t):
+            return x * (0.5 if t[0].item() > 0.1 else 0.4)  # waits for the device, and freezes the branch
+
+        report = pydiff.check_capturable(model, (2, 3, 8, 8))
+        assert not report and "item" in report.problems[0].what
     """
     check_condition("cond", cond)
     check_condition("uncond", uncond)

@@ -25,7 +25,8 @@ class CaptureReport:
     """What keeps a loop from being captured. True where nothing does; prints as a text.
 
     Attributes:
-        problems: what was found, one for each kind and line. calls: model calls that were watched.
+        problems: what was found, one for each kind and line, with place and remedy.
+        calls: model calls that were watched.
         operators: operators that were seen in them and between them.
         stopped_by: the error that ended the run, after which nothing was seen, or None.
     """
@@ -37,6 +38,7 @@ class CaptureReport:
 
     @property
     def ok(self) -> bool:
+        """Whether nothing was found; what the report itself is true for."""
         return not self.problems
 
     def __bool__(self) -> bool:

@@ -61,12 +61,14 @@ NOTHING = frozenset(
 
 @dataclass
 class Launches:
-    """`total` kernels, and how many of them each operator accounts for (`aten::` left out of the names)."""
+    """The kernels of a call."""
 
     by_name: Counter[str] = field(default_factory=Counter)
+    """How many each operator accounts for (`aten::` left out of the names)."""
 
     @property
     def total(self) -> int:
+        """How many there are."""
         return self.by_name.total()
 
     def __str__(self) -> str:

@@ -42,7 +42,11 @@ REMEDIES: dict[Kind, str] = {
 
 
 class Place(NamedTuple):
-    """A line of code."""
+    """A line of code.
+
+    Attributes:
+        file, line, function: where it stands; lines count from 1.
+    """
 
     file: str
     line: int
@@ -50,6 +54,7 @@ class Place(NamedTuple):
 
     @property
     def code(self) -> str:
+        """Its text, stripped; empty where the file cannot be read."""
         return linecache.getline(self.file, self.line).strip()
 
 
@@ -73,6 +78,7 @@ class Problem:
 
     @classmethod
     def at(cls, place: Place, kind: Kind, what: str) -> Problem:
+        """The problem of a kind that what is done at a place makes, with the remedy for its kind."""
         return cls(kind, what, place.file, place.line, place.function, place.code, REMEDIES[kind])
 
     def __str__(self) -> str:

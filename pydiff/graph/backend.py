@@ -93,25 +93,28 @@ _orders: dict[int, _Order] = {}  # by the stream's handle
 
 
 class CudaGraph:
-    """A `torch.cuda.CUDAGraph`. It replays on the device it was captured on, whichever is current."""
+    """A `torch.cuda.CUDAGraph`, `raw`. It replays on the device it was captured on, whichever is current."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph):
         self.raw = graph
 
     def replay(self) -> None:
+        """Enqueue it on the current stream of its device."""
         self.raw.replay()
 
     def release(self) -> None:
+        """Reset it, which gives its memory back to the pool."""
         self.raw.reset()
 
 
 class CudaGraphs:
-    """`Backend` of CUDA devices."""
+    """`Backend` of CUDA devices, which says what its methods are for."""
 
     def __init__(self) -> None:
         self._streams: dict[tuple[str, torch.device], torch.cuda.Stream] = {}
 
     def available(self, device: torch.device) -> tuple[bool, str]:
+        """Not elsewhere than on CUDA devices, not on ROCm, and not where PYDIFF_DISABLE names graph."""
         if device.type != "cuda":
             return False, f"CUDA graphs need a CUDA device, the samples are on {device}"
         if torch.version.hip:
@@ -121,6 +124,7 @@ class CudaGraphs:
         return torch.cuda.is_available(), "torch sees no CUDA device"
 
     def capturing(self, device: torch.device) -> bool:
+        """What torch says of the current stream."""
         with torch.cuda.device(device):
             return torch.cuda.is_current_stream_capturing()
 
@@ -133,6 +137,7 @@ class CudaGraphs:
         return self._streams[key]
 
     def warm_up(self, function: Callable[[], Any], device: torch.device) -> None:
+        """On a side stream of its own, as torch asks for before a capture."""
         side, current = self._stream("warm-up", device), torch.cuda.current_stream(device)
         side.wait_stream(current)
         try:
@@ -142,11 +147,13 @@ class CudaGraphs:
             current.wait_stream(side)
 
     def watch(self) -> contextlib.AbstractContextManager[Any]:
+        """A `pydiff.check.watch.Watch`."""
         from pydiff.check.watch import Watch
 
         return Watch()
 
     def capture(self, function: Callable[[], Any], device: torch.device, pool: Any, keep: bool = False) -> Graph:
+        """On a stream that nothing else uses, one capture at a time in the process, other threads undisturbed."""
         keep = keep and hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph")  # torch 2.8
         graph = torch.cuda.CUDAGraph(keep_graph=True) if keep else torch.cuda.CUDAGraph()
         stream, failure = self._stream("capture", device), list[BaseException]()
@@ -179,20 +186,25 @@ class CudaGraphs:
         return CudaGraph(graph)
 
     def device_loop(self, graph: Any, cursor: torch.Tensor, stop: torch.Tensor, remaining: torch.Tensor) -> Graph:
+        """A `pydiff.graph.device_loop.DeviceLoop`, which raises what it does."""
         from pydiff.graph.device_loop import DeviceLoop
 
         return DeviceLoop(graph.raw, cursor, stop, remaining)
 
     def new_pool(self, device: torch.device) -> Any:
+        """A handle of torch's; the pool lives as long as a graph in it."""
         return torch.cuda.graph_pool_handle()
 
     def memory(self, device: torch.device) -> int:
+        """Bytes that torch has reserved, in use or not."""
         return torch.cuda.memory_reserved(device)
 
     def random_offset(self, device: torch.device) -> int:
+        """The offset of the device's default generator."""
         return torch.cuda.default_generators[device.index].get_offset()
 
     def microseconds(self, function: Callable[[], Any], device: torch.device) -> float:
+        """The median of up to `TIMED_RUNS`, the first run left out."""
         times: list[float] = []
         while len(times) < 2 or (len(times) <= TIMED_RUNS and sum(times) < ENOUGH_SECONDS):
             torch.cuda.synchronize(device)
@@ -207,6 +219,7 @@ class CudaGraphs:
 
     @contextlib.contextmanager
     def ordered(self, device: torch.device) -> Iterator[None]:
+        """By a lock, and an event that the next run waits for on its stream."""
         order, stream = self._order(device), torch.cuda.current_stream(device)
         with order.lock:
             if order.last is not None:
@@ -217,6 +230,7 @@ class CudaGraphs:
                 order.last = stream.record_event()
 
     def wait(self, device: torch.device) -> None:
+        """For the event of the last run."""
         last = self._order(device).last
         if last is not None:
             last.synchronize()

@@ -66,7 +66,9 @@ class Refusal(NamedTuple):
     """Why a loop is not captured."""
 
     shape: str
+    """Of the samples."""
     reason: str
+    """What is said of it, in `GraphStats` and in the warning."""
     guard: Guard | None
     """The model it was of: a changed one is tried again. None where every call changes it, or it cannot be guarded."""
 

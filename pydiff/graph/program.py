@@ -72,6 +72,7 @@ class Program:
 
     @property
     def graphs(self) -> int:
+        """How many CUDA graphs it holds."""
         return len(self._graphs) + len(self._segments)
 
     # ------------------------------------------------------------------ the work, as a graph records it

@@ -21,10 +21,15 @@ class Layout(NamedTuple):
     """What decides the shapes of a captured loop's buffers, beside the number of stages."""
 
     device: torch.device
+    """With its number, where it has one."""
     shape: tuple[int, ...]
+    """Of the samples, [B, *sample]."""
     dtype: torch.dtype
+    """Of the state."""
     model_dtype: torch.dtype
+    """Of the model's input."""
     copies: int
+    """Rows of the model's input for each row of the batch: 2 for [unconditional; conditional], or 1."""
     operands: tuple[str, ...]
     """Which of mask, known, constant and extra are given."""
     draws: int
@@ -37,7 +42,19 @@ class Layout(NamedTuple):
 
 @dataclass
 class Request:
-    """A call of a sampler. `plans` are the distinct ones, `row_plan` says which of them each row follows."""
+    """A call of a sampler.
+
+    Attributes:
+        layout: what its buffers look like.
+        model, arguments: what is called, and with which keywords for the whole run.
+        plans, row_plan: the distinct plans, and which of them each row follows.
+        indices: of each plan, its draws numbered as the noise's buffer has them.
+        x: x_T, or None where it is drawn from the seeds.
+        seeds, source: one seed a row; the caller's noise in their place, or None.
+        operands: mask, known, constant and extra, those that are given.
+        stops: the stages after which the callback is called.
+        callback, progress, return_trajectory, check_finite, hoist: as in `pydiff.run.options.RunOptions`.
+    """
 
     layout: Layout
     model: Model
@@ -60,6 +77,7 @@ class Request:
 
     @property
     def rows_of_tables(self) -> int:
+        """Stages of all plans together."""
         return sum(map(len, self.plans))
 
     def spans(self) -> list[int]:

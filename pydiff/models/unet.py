@@ -32,7 +32,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
 
 
 class ResBlock(nn.Module):
-    """x [B, in, H, W], embedding [B, emb] -> [B, out, H, W]; the identity (or its projection) at initialisation."""
+    """Two convolutions behind GroupNorm and SiLU, added to x; the identity (or its projection) at initialisation."""
 
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, groups: int):
         super().__init__()
@@ -46,6 +46,7 @@ class ResBlock(nn.Module):
         _set_to_zero(self.conv2)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x [B, in, H, W], embedding [B, emb] -> [B, out, H, W]."""
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.embedding(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.norm2(h) * (1 + scale) + shift
@@ -53,7 +54,7 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention over all positions, added to its input: [B, C, H, W] -> [B, C, H, W]."""
+    """Attention over all positions, added to its input."""
 
     def __init__(self, channels: int, head_dim: int, groups: int):
         super().__init__()
@@ -64,6 +65,7 @@ class SelfAttention(nn.Module):
         _set_to_zero(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
         channels, height, width = x.shape[1:]
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
         qkv = self.qkv(tokens).unflatten(2, (3, self.heads, channels // self.heads))
@@ -80,18 +82,20 @@ class Block(nn.ModuleList):
         super().__init__([residual] if attention is None else [residual, attention])
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x [B, in, H, W], embedding [B, emb] -> [B, out, H, W]."""
         h = self[0](x, embedding)
         return self[1](h) if len(self) > 1 else h
 
 
 class Upsample(nn.Module):
-    """Twice the height and width by repetition, then a convolution: [B, in, H, W] -> [B, out, 2H, 2W]."""
+    """Twice the height and width by repetition, then a convolution."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, in, H, W] -> [B, out, 2H, 2W]."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -107,6 +111,8 @@ class UNet(nn.Module):
         groups: groups of every GroupNorm; divides every width.
 
     The class attributes say what the network was trained for, in the words the rest of the package reads.
+
+    Raises: ValueError naming the argument that does not fit the others.
     """
 
     schedule_config = {"schedule": "VPCosine", "s": 0.008}

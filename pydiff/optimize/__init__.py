@@ -42,8 +42,9 @@ def optimize(
     before, with one warning.
 
     Args:
-        model: a diffusers UNet2DModel, UNet2DConditionModel, AutoencoderKL or transformer, a guided-diffusion or EDM
-            U-Net, the bundled U-Net, or any module: its norm-activation pairs and attention are looked for.
+        model: on any device; a diffusers UNet2DModel, UNet2DConditionModel, AutoencoderKL or transformer, a
+            guided-diffusion or EDM U-Net, the bundled U-Net, or any module: its norm-activation pairs and attention are
+            looked for.
         report: return (model, `Report`): what was replaced and what was not, and why.
         memory_format: of the convolutions' weights. "auto" is torch.channels_last for a model on a CUDA device and
             no change elsewhere; None is no change.
@@ -51,9 +52,18 @@ def optimize(
             On request, because its sums of weights are rounded once more: in low precision the error can be several
             times PyTorch's where a filter's weights cancel on a constant image.
 
-    Raises TypeError if `model` is no module, or is compiled: optimize first, then compile.
+    Returns: the model itself; with report (model, `Report`).
+
+    Raises: TypeError if `model` is no module, or is compiled: optimize first, then compile. ValueError for another
+        memory_format.
 
     Contract: close. Each fused operation errs at most twice as much as PyTorch's own chain in the same precision.
+
+    Example:
+        model, report = pydiff.optimize(pydiff.load_model("mnist"), report=True)
+        print(report)  # what was replaced, what was not, and why
+        x = pydiff.sample(model, (1, 1, 28, 28), steps=6, seed=0)
+        pydiff.restore(model)
     """
     _check(model, memory_format)
     options = {"fold_upsampling": fold_upsampling}
@@ -98,7 +108,18 @@ def optimize(
 def restore(model: M) -> M:
     """Undo `optimize`: every module's class, and the layout and storage of its weights, are what they were.
 
-    The outputs are those of the original, bit for bit. A model that was never optimised is returned as it is.
+    Args:
+        model: changed in place; one that was never optimised stays as it is.
+
+    Returns: the model itself. Its outputs are those of the original, bit for bit.
+
+    Raises: TypeError if `model` is no module.
+
+    Example:
+        model = pydiff.load_model("mnist")
+        before = type(model)
+        assert type(pydiff.optimize(model)) is not before
+        assert type(pydiff.restore(model)) is before
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -25,6 +25,8 @@ def _norm_silu(norm: Any, x: Tensor, **extra: Tensor | None) -> Any:
 
 
 class FusedResBlock(Fused):
+    """ResBlock: GroupNorm and SiLU in one operation, bias and embedding in the second; one residual operation."""
+
     def forward(self: Any, x: Tensor, embedding: Tensor, *, skip: Tensor | None = None) -> Tensor:
         """The block on [x; skip]; embedding [N, E], or every block's hoisted columns."""
         modulation = own_columns(vars(self).get("_pydiff_time"), embedding)
@@ -40,7 +42,10 @@ class FusedResBlock(Fused):
 
 
 class FusedSelfAttention(Fused):
+    """SelfAttention: tokens without a copy, and the attention backend measured fastest."""
+
     def forward(self: Any, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C, H, W]."""
         if not ready(self, x):
             return super().forward(x)
         tokens = norm_act(self.norm, None, x).flatten(2).transpose(1, 2)
@@ -51,13 +56,18 @@ class FusedSelfAttention(Fused):
 
 
 class FusedUpsample(Fused):
+    """Upsample folded into its convolution."""
+
     def forward(self: Any, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, out, 2H, 2W]."""
         if not is_plain(self.conv, nn.Conv2d) or not ready(self, x):
             return super().forward(x)
         return upsample_conv2d(x, self.conv.weight, self.conv.bias)
 
 
 class FusedUNet(Fused):
+    """The trunk: skip connections read without concatenation, and the last norm with its SiLU."""
+
     def joined(self: Any, block: Any, h: Tensor, skip: Tensor, embedding: Tensor) -> Tensor:
         """A block on [h; skip], whose concatenation is made only where something wants it."""
         first = block[0]
@@ -68,10 +78,13 @@ class FusedUNet(Fused):
         return block[1](h) if len(block) > 1 else h
 
     def activated(self: Any, h: Tensor) -> Tensor:
+        """What the last convolution reads, from its norm's input h [B, C, H, W]."""
         return _norm_silu(self.norm_out, h) if ready(self, h) else super().activated(h)  # type: ignore[misc]
 
 
 class HoistableUNet(FusedUNet, Hoistable):
+    """The U-Net whose blocks' projections of time and label can be computed before the loop."""
+
     hoisted_arguments = ("labels",)
 
     def hoist_times(self: Any, times: Tensor, cond: Mapping[str, Any]) -> Tensor:

@@ -100,6 +100,8 @@ def pointwise(x: Tensor, x2: Tensor | None, weight: Tensor) -> Tensor:
 
 
 class FusedEDMBlock(_Persistent):
+    """UNetBlock: see the module."""
+
     def forward(self: Any, x: Tensor, emb: Tensor, *args: Any, skip: Tensor | None = None) -> Tensor:
         """UNetBlock on [x; skip]; emb [N, E], or every block's hoisted columns."""
         params = own_columns(vars(self).get("_pydiff_time"), emb)
@@ -233,6 +235,8 @@ class _FusedEDMNet(_Persistent):
 
 
 class FusedDhariwalUNet(_FusedEDMNet):
+    """DhariwalUNet (ADM): skip connections read without concatenation, the last norm with SiLU."""
+
     def _embed(self: Any, noise_labels: Tensor, class_labels: Any, augment_labels: Tensor | None) -> Tensor:
         emb = self._augmented(self.map_noise(noise_labels), augment_labels)
         emb = linear(self.map_layer1, F.silu(linear(self.map_layer0, emb)))
@@ -249,6 +253,8 @@ class FusedDhariwalUNet(_FusedEDMNet):
 
 
 class FusedSongUNet(_FusedEDMNet):
+    """SongUNet (DDPM++, NCSN++): skip connections read without concatenation, the last norms with SiLU."""
+
     def _embed(self: Any, noise_labels: Tensor, class_labels: Any, augment_labels: Tensor | None) -> Tensor:
         emb = self.map_noise(noise_labels)
         emb = emb.roll(emb.shape[1] // 2, 1)  # sines first
@@ -309,11 +315,11 @@ class _Hoisting(Hoistable):
 
 
 class HoistableDhariwalUNet(FusedDhariwalUNet, _Hoisting):
-    pass
+    """DhariwalUNet whose blocks' projections of time and label can be computed before the loop."""
 
 
 class HoistableSongUNet(FusedSongUNet, _Hoisting):
-    pass
+    """SongUNet whose blocks' projections of time and label can be computed before the loop."""
 
 
 def _refuse_net(model: Any) -> str | None:

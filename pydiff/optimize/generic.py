@@ -45,7 +45,10 @@ def _folded(module: nn.Module) -> bool:
 
 
 class FusedGroupNorm(Fused):
+    """nn.GroupNorm in one kernel, with the SiLU after it where a `FusedPairs` says so."""
+
     def forward(self: Any, x: Tensor) -> Any:
+        """x [N, C, *spatial]."""
         if not torch.compiler.is_compiling() and _folded(self):
             return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, activation="silu")
         if x.ndim < 2 or not plain_weight(self.weight) or not ready(self, x):
@@ -54,14 +57,20 @@ class FusedGroupNorm(Fused):
 
 
 class FoldedActivation(Fused):
+    """The SiLU after a norm that applies it, in whose place it returns its input."""
+
     def forward(self, x: Tensor) -> Tensor:
+        """x of any shape."""
         if not torch.compiler.is_compiling() and _folded(self):
             return x
         return super().forward(x)
 
 
 class FusedLayerNorm(Fused):
+    """nn.LayerNorm over the last dimension, in one kernel."""
+
     def forward(self: Any, x: Tensor) -> Tensor:
+        """x [..., C]."""
         if x.ndim < 2 or not plain_weight(self.weight) or not ready(self, x):
             return super().forward(x)
         return layer_norm(x, self.weight, self.bias, self.eps)
@@ -71,6 +80,7 @@ class FusedSequential(Fused):
     """A Sequential whose GroupNorms take the SiLU behind them along."""
 
     def forward(self: Any, x: Any) -> Any:
+        """What the layers make of x, one after the other."""
         if not isinstance(x, Tensor) or not ready(self, x):
             return super().forward(x)
         layers, i = list(self._modules.values()), 0
@@ -103,6 +113,7 @@ class FusedPairs(Fused):
     """A module of any class whose GroupNorms take along the SiLU that follows; `_pydiff_pairs` are their names."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The original's forward, its pairs folded while it runs."""
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         if first is None or torch.compiler.is_compiling() or not ready(self, first):
             return super().forward(*args, **kwargs)  # a compiler fuses the two by itself
@@ -132,6 +143,8 @@ def _eagerly() -> Callable[..., Any]:
 
 
 class FusedMultiheadAttention(Fused):
+    """nn.MultiheadAttention in the backend measured fastest, where no weights and no attention mask are asked for."""
+
     def forward(
         self: Any,
         query: Tensor,
@@ -143,6 +156,7 @@ class FusedMultiheadAttention(Fused):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        """query [B, L, C], key and value [B, T, C], key_padding_mask [B, T]; the attended tokens and the weights."""
         simple = not need_weights and attn_mask is None and not is_causal and query.ndim == 3 and self._plain()
         mask = key_padding_mask
         if not simple or not (mask is None or mask.dtype in (torch.bool, query.dtype)) or not ready(self, query):
@@ -194,7 +208,9 @@ class Swaps(NamedTuple):
     """Modules by name with the rules that replace them, and what was seen that no rule takes."""
 
     chosen: list[tuple[str, nn.Module, Rule]]
+    """Names, modules and their rules."""
     left: list[Entry]
+    """What was seen and is left, and why."""
 
 
 def plan(model: nn.Module, already: set[int]) -> Swaps:

@@ -38,6 +38,7 @@ def is_group_norm(norm: nn.Module) -> bool:
 
 
 def is_silu(activation: nn.Module) -> bool:
+    """nn.SiLU, or the SiLU or Swish that older code has of its own."""
     return type(activation).__name__ in ("SiLU", "Swish") and not list(activation.parameters())
 
 
@@ -57,6 +58,8 @@ def _layers(sequence: nn.Module) -> list[Any] | None:
 
 
 class FusedGuidedResBlock(Fused):
+    """ResBlock: GroupNorm and SiLU in one operation, bias and embedding in the second; one residual operation."""
+
     def forward(self: Any, x: Tensor, emb: Tensor, *args: Any, skip: Tensor | None = None) -> Tensor:
         """The block on [x; skip]; emb [N, E], or every block's hoisted columns."""
         modulation = own_columns(vars(self).get("_pydiff_time"), emb)
@@ -135,6 +138,8 @@ def _refuse_resblock(block: Any) -> str | None:
 
 
 class FusedGuidedAttention(Fused):
+    """AttentionBlock: tokens without a copy, and the attention backend measured fastest."""
+
     def forward(self: Any, x: Tensor, *args: Any) -> Tensor:
         """AttentionBlock on [N, C, *spatial], every position a token."""
         inner = (self.attention, self.qkv, self.proj_out)
@@ -180,6 +185,7 @@ class FusedGuidedUpsample(Fused):
     """Nearest upsampling and its 3x3 convolution as one operation; without one, the residual block around folds it."""
 
     def forward(self: Any, x: Tensor, *args: Any) -> Tensor:
+        """x [B, C, H, W] -> [B, out, 2H, 2W]."""
         if args or x.ndim != 4 or not ready(self, x) or (self.use_conv and not is_plain_3x3(self.conv)):
             return super().forward(x, *args)
         if not self.use_conv:
@@ -198,7 +204,10 @@ def _refuse_upsample(module: Any) -> str | None:
 
 
 class FusedGuidedUNet(Fused):
+    """UNetModel: skip connections read without concatenation, the last norm with SiLU."""
+
     def forward(self: Any, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], timesteps [B], labels y [B]."""
         if (y is None) != (self.num_classes is None) or not ready(self, x):
             return super().forward(x, timesteps, y)
         return self._trunk(x, self._embed(timesteps, y))
@@ -225,6 +234,8 @@ class FusedGuidedUNet(Fused):
 
 
 class HoistableGuidedUNet(FusedGuidedUNet, Hoistable):
+    """UNetModel whose blocks' projections of time and label can be computed before the loop."""
+
     hoisted_arguments = ("y",)
 
     def hoist_times(self: Any, times: Tensor, cond: Mapping[str, Any]) -> Tensor:

@@ -23,7 +23,12 @@ from pydiff.optimize.swap import Fused, is_fused, not_ready
 
 
 class Slot(NamedTuple):
-    """Where a block's columns lie in something hoisted, and how wide that is as a whole."""
+    """Where a block's columns lie in something hoisted.
+
+    Attributes:
+        start, stop: its first column, and one past its last.
+        total: how wide the whole is.
+    """
 
     start: int
     stop: int

@@ -134,6 +134,7 @@ def is_plain_3x3(conv: Any) -> bool:
 
 
 def is_nhwc(x: Tensor) -> bool:
+    """Whether x is a channels-last image [N, C, H, W]."""
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 
 class Entry(NamedTuple):
+    """A module of the model, and what `optimize` did to it."""
+
     name: str
     """The module's name in the model; "" is the model itself."""
     cls: str
+    """The name of its class."""
     what: str
     """What was done, or why nothing was."""
     contract: str = ""
@@ -17,11 +20,14 @@ class Entry(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Prints as a table; `replaced` and `left` are its rows."""
+    """What `optimize` did to a model. Prints as a table."""
 
     replaced: tuple[Entry, ...]
+    """The modules that have a faster form now."""
     left: tuple[Entry, ...]
+    """Those that were known, and are what they were."""
     notes: tuple[str, ...] = ()
+    """What about the model as a whole keeps faster forms from running."""
 
     def __str__(self) -> str:
         lines = []

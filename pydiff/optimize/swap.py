@@ -63,6 +63,7 @@ class Rule(NamedTuple):
     """Qualified names of the classes it is for ("torch.nn.modules.normalization.GroupNorm"), never their subclasses; a
     name without a dot is met by a class of that name in any module."""
     mixin: type[Fused]
+    """Whose methods the module gets."""
     what: str
     """What is done, for the report."""
     refuse: Callable[[Any], str | None] = lambda module: None
@@ -70,6 +71,7 @@ class Rule(NamedTuple):
     prepare: Callable[[Any], str | None] = lambda module: None
     """Run when every module of the model has been swapped; a reason it returns undoes this swap."""
     contract: str = "close"
+    """Its numbers beside the original's: "exact" (bit for bit) or "close"."""
     option: str = ""
     """The keyword of `optimize` that asks for it, of what is done on request alone."""
 
@@ -86,10 +88,12 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def is_fused(module: nn.Module) -> bool:
+    """Whether a module was swapped."""
     return isinstance(module, Fused)
 
 
 def swap_in(module: nn.Module, rule: Rule) -> None:
+    """Give a module the rule's methods; `swap_back` takes them away."""
     module.__class__ = fused_class(rule.mixin, type(module))
 
 
@@ -122,6 +126,7 @@ _warned: set[str] = set()
 
 
 def not_ready(module: nn.Module, x: torch.Tensor) -> str:
+    """Why the fused forward may not run now, or ""."""
     if module.training:
         return "it is in training mode (call model.eval())"
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):

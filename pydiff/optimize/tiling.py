@@ -36,24 +36,31 @@ class Layer(NamedTuple):
     """What makes rows from rows: a window of its input [1, C, rows, W] becomes scale * rows of its output."""
 
     run: Callable[[Tensor], Tensor]
+    """The layer itself."""
     reach: int
+    """Rows beside its own that it reads, in rows of its output."""
     scale: int = 1
+    """Rows of output for a row of input."""
 
 
 class Rows(NamedTuple):
-    """An image that is computed where it is asked for: `base` [1, C, H, W] as the layers make it."""
+    """An image that is computed where it is asked for."""
 
     base: Tensor
+    """[1, C, H, W], what there is."""
     layers: tuple[Layer, ...] = ()
+    """What makes the image of it, in order."""
 
     @property
     def height(self) -> int:
+        """Rows of the image."""
         height = self.base.shape[2]
         for layer in self.layers:
             height *= layer.scale
         return height
 
     def then(self, layer: Layer) -> Rows:
+        """The image that a further layer makes of this one."""
         return Rows(self.base, (*self.layers, layer))
 
     def window(self, start: int, stop: int) -> Tensor:
@@ -78,6 +85,7 @@ class Statistics:
         self.parts: list[tuple[int, Tensor, Tensor]] = []
 
     def see(self, band: Tensor) -> None:
+        """Count in a band [1, C, rows, W] of the norm's input; each row once."""
         wide = band if band.dtype == torch.float64 else band.float()
         groups = wide.unflatten(1, (self.norm.num_groups, -1))
         variance, mean = torch.var_mean(groups, dim=(0, 2, 3, 4), correction=0)
@@ -108,6 +116,7 @@ class Statistics:
 
 
 def bands(height: int, rows: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the bands of an image, the last of which may be lower."""
     for start in range(0, height, rows):
         yield start, min(start + rows, height)
 

@@ -20,6 +20,8 @@ from pydiff.optimize.swap import Fused, Rule, ready
 
 
 class FusedEncoder(Fused):
+    """Encoder: the last norm and its SiLU are one operation."""
+
     def forward(self: Any, sample: Tensor) -> Tensor:
         """diffusers' Encoder: images [B, C, H, W] to moments of the latents."""
         if not ready(self, sample):
@@ -31,6 +33,8 @@ class FusedEncoder(Fused):
 
 
 class FusedDecoder(Fused):
+    """Decoder: the last norm and its SiLU are one operation."""
+
     def forward(self: Any, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
         """diffusers' Decoder: latents [B, C, h, w] to images [B, 3, H, W]."""
         if latent_embeds is not None or not ready(self, sample):
@@ -62,11 +66,23 @@ def decode(vae: Any, latents: Tensor, *, tile: int | None = None, recompute: boo
             Unlike ``vae.enable_tiling()``, the result is that of decoding at once up to rounding. None: at once.
         recompute: with `tile`, hold about a third, for 40 % more arithmetic; see `pydiff.optimize.tiling`.
 
-    Returns the images [B, 3, H, W] as the autoencoder makes them, nominally in [-1, 1] and not clamped, in float32
-    (float64 from a float64 autoencoder). No gradients.
+    Returns: the images [B, 3, H, W] as the autoencoder makes them, nominally in [-1, 1] and not clamped, in float32
+        (float64 from a float64 autoencoder), on its device. No gradients.
 
-    Raises TypeError or ValueError for an autoencoder or latents that do not fit, and for an autoencoder in float16
-    whose config says ``force_upcast``: its activations overflow.
+    Raises: TypeError or ValueError for an autoencoder or latents that do not fit, for a tile that is no number of rows
+        of at least 1 (or recompute without one), and for an autoencoder in float16 whose config says ``force_upcast``:
+        its activations overflow.
+
+    Example:
+        from types import SimpleNamespace
+
+        class Autoencoder(torch.nn.Module):  # or AutoencoderKL.from_pretrained(...), pipe.vae
+            config, dtype = SimpleNamespace(scaling_factor=0.18215, latent_channels=4), torch.float32
+
+            def decode(self, z, return_dict=True):
+                return (torch.nn.functional.interpolate(z[:, :3], scale_factor=8.0),)
+
+        assert pydiff.decode(Autoencoder(), torch.randn(2, 4, 8, 8)).shape == (2, 3, 64, 64)
     """
     _check(vae, latents, tile, recompute)
     z = _unscaled(vae.config, latents).to(vae.dtype)

@@ -26,33 +26,32 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class PlanTable:
-    """A compiled sampler of S stages: its fields, and what follows from them.
-
-    Attributes:
-        solver: name of the solver that it was compiled from.
-        coefficients: float64 [S, 48], columns as in `pydiff.plans.table`.
-        indices: int32 [S, 4]: the two write slots and the two draw numbers of each stage, -1 for none.
-        times: float64 [n + 1], the time grid, from the noisiest time to where sampling ends.
-        alpha, sigma: float64 [S + 1], signal and noise level of x at each model call, and at the end.
-        targets: for each stage what d is: "sample" (the data estimate) or "epsilon" (the noise estimate).
-        start_scale, start_noise: x = start_scale * x_T + start_noise * z before the first call; z is draw 0.
-        init_std: standard deviation of x_T, when it is drawn.
-        slot_names: what each slot holds, for printing ("h" for history, "base").
-        config: how it was compiled: schedule, prediction, grid and options, JSON-able.
-    """
+    """A compiled sampler of S stages (model calls): its fields, and what follows from them."""
 
     solver: str
+    """Name of the solver that it was compiled from."""
     coefficients: np.ndarray
+    """float64 [S, 48], columns as in `pydiff.plans.table`."""
     indices: np.ndarray
+    """int32 [S, 4]: the two write slots and the two draw numbers of each stage, -1 for none."""
     times: np.ndarray
+    """float64 [n + 1], the time grid, from the noisiest time to where sampling ends."""
     alpha: np.ndarray
+    """float64 [S + 1], signal level of x at each model call, and at the end."""
     sigma: np.ndarray
+    """float64 [S + 1], noise level of x there: x = alpha * x0 + sigma * epsilon."""
     targets: tuple[str, ...]
+    """For each stage what d is: "sample" (the data estimate) or "epsilon" (the noise estimate)."""
     start_scale: float = 1.0
+    """x becomes start_scale * x_T + start_noise * z before the first call; z is draw 0."""
     start_noise: float = 0.0
+    """See `start_scale`."""
     init_std: float = 1.0
+    """Standard deviation of x_T, when it is drawn."""
     slot_names: tuple[str, ...] = ()
+    """What each slot holds, for printing: "h" for history, "base" for the start of a step of several calls."""
     config: dict[str, Any] = field(default_factory=dict)
+    """How it was compiled: schedule, prediction, grid and options, JSON-able. It decides nothing."""
 
     def __post_init__(self) -> None:
         for name, dtype in ARRAYS.items():
@@ -68,16 +67,17 @@ class PlanTable:
 
     @property
     def weights(self) -> np.ndarray:
-        """[S, 3, 12]: the combinations written to x and to the two slots."""
+        """float64 [S, 3, 12]: the combinations written to x and to the two slots, of `pydiff.plans.table.OPERANDS`."""
         return self.coefficients[:, : 3 * table.NUM_OPERANDS].reshape(-1, 3, table.NUM_OPERANDS)
 
     @property
     def model_times(self) -> np.ndarray:
-        """[S]: the time that the model is told at each call."""
+        """float64 [S]: the time that the model is told at each call."""
         return self.coefficients[:, table.TIME]
 
     @property
     def num_slots(self) -> int:
+        """How many tensors of the size of x a run keeps beside x."""
         return len(self.slot_names)
 
     @cached_property
@@ -88,6 +88,7 @@ class PlanTable:
 
     @property
     def stochastic(self) -> bool:
+        """Whether a run adds noise, beside the x_T it starts from."""
         return self.num_draws > 0
 
     @cached_property
@@ -97,7 +98,12 @@ class PlanTable:
 
     @cached_property
     def operands(self) -> frozenset[str]:
-        """Which of the caller's tensors a stage has weights for: "known", "constant", "extra"."""
+        """Which of the caller's tensors a stage has weights for.
+
+        "known": the clean image that stands where a mask is 1; a plan compiled with ``known=True`` says how much of it,
+        and of fresh noise, stands there after each stage. "constant" and "extra": tensors that enter combinations, as
+        they are.
+        """
         columns = {
             "constant": self.weights[:, :, table.CONSTANT],
             "extra": self.weights[:, :, table.EXTRA],
@@ -121,7 +127,7 @@ class PlanTable:
 
 
 def _array(name: str, value: Any, dtype: type) -> np.ndarray:
-    """A copy of its own; `PlanError` where 32-bit integers are wanted and something else is given."""
+    """A copy of its own. Raises `PlanError` where 32-bit integers are wanted and something else is given."""
     array: np.ndarray = np.array(value, dtype=np.float64 if dtype is np.int32 else dtype)
     if dtype is np.int32:
         with np.errstate(invalid="ignore"):

@@ -25,8 +25,11 @@ class Point(NamedTuple):
     """A time with its noise levels: x = alpha * x0 + sigma * epsilon."""
 
     t: float
+    """The schedule's time."""
     alpha: float
+    """Signal level."""
     sigma: float
+    """Noise level."""
     log_snr: float
     """log(alpha / sigma), half of the papers' log-SNR: +inf where the sample is clean, -inf where it is pure noise."""
 
@@ -56,7 +59,16 @@ _COLUMNS: dict[object, int] = {
 
 
 class PlanBuilder:
-    """Collects the stages of one plan. `points` holds the n + 1 points of the time grid."""
+    """Collects the stages of one plan.
+
+    Args:
+        schedule, prediction: of the model that the plan is for.
+        times: float64 [n + 1], the time grid.
+
+    Attributes:
+        points: the n + 1 points of the time grid.
+        x: the current sample. base: what `write` was given as base last. m: the model's output, with guidance applied.
+    """
 
     x = Combination({"x": 1.0})
     base = Combination({"base": 1.0})
@@ -74,6 +86,7 @@ class PlanBuilder:
 
     @property
     def steps(self) -> int:
+        """Intervals of the time grid."""
         return len(self.points) - 1
 
     def point(self, t: float) -> Point:
@@ -82,11 +95,14 @@ class PlanBuilder:
         return Point(float(t), float(s.alpha(t)), float(s.sigma(t)), float(s.log_snr(t)))
 
     def point_at(self, log_snr: float) -> Point:
-        """A point off the grid, by its log(alpha / sigma)."""
+        """A point off the grid, by its log(alpha / sigma), half of the papers' log-SNR."""
         return self.point(float(self.schedule.t_of_log_snr(log_snr)))
 
     def history(self, back: int) -> Combination:
-        """What was pushed `back` pushes ago, counted before this stage's own push; 1 is the latest."""
+        """What was pushed `back` pushes ago, counted before this stage's own push; 1 is the latest.
+
+        Raises: `PlanError` where so much has not been pushed yet.
+        """
         if not 1 <= back <= self._pushed:
             raise PlanError(f"history({back}) asked for with {self._pushed} entries pushed")
         return Combination({("h", self._pushed - back): 1.0})
@@ -97,14 +113,31 @@ class PlanBuilder:
         return Combination({("z", self._draws - 1): 1.0})
 
     def call(self, point: Point, target: str = "sample") -> Combination:
-        """Open a stage: the model is called on x at `point`. Returns d, its output converted to `target`."""
+        """Open a stage: the model is called on x at `point`.
+
+        Args:
+            point: the levels of x.
+            target: what the output is converted to, "sample" (the estimated x0) or "epsilon".
+
+        Returns: d, the converted output.
+
+        Raises: `PlanError` where the stage before was not closed.
+        """
         if self._stages and self._stages[-1].x is None:
             raise PlanError("call() before the previous stage was closed by write()")
         self._stages.append(_Stage(point, target))
         return Combination({"d": 1.0})
 
     def write(self, x: Combination, base: Combination | None = None, push: Combination | None = None) -> None:
-        """Close the stage: what x, the base and (if given) the newest history entry become. All read the old values."""
+        """Close the stage. All that is written reads the old values.
+
+        Args:
+            x: what the sample becomes.
+            base: what the base becomes; None keeps it as it is.
+            push: the newest history entry, if any.
+
+        Raises: `PlanError` where no stage is open.
+        """
         if not self._stages or self._stages[-1].x is not None:
             raise PlanError("write() without call() before it")
         stage = self._stages[-1]
@@ -114,7 +147,10 @@ class PlanBuilder:
             self._pushed += 1
 
     def renoise(self, scale: float, weight: float) -> None:
-        """x <- scale * x + weight * z between two calls: folded into the stage before, or into the plan's start."""
+        """x <- scale * x + weight * z between two calls: folded into the stage before, or into the plan's start.
+
+        Raises: `PlanError` before the first call, where noise was drawn already.
+        """
         if not self._stages and self._draws:
             raise PlanError("renoise() before the first call must come first: its noise is draw 0")
         z = self.noise()
@@ -134,7 +170,19 @@ class PlanBuilder:
         end: Point | None = None,
         config: dict[str, Any] | None = None,
     ) -> Plan:
-        """The finished plan. `known`: also what stands in a masked region after each stage, with noise of its own."""
+        """The finished plan.
+
+        Args:
+            solver: its name.
+            clip: bounds (low, high) of d.
+            known: also compile what stands in a masked region after each stage: the caller's clean image, at the noise
+                level that x is at then, with noise of its own.
+            end: where the last stage leaves x; the last point of the grid by default.
+            config: how it was compiled, kept with the plan.
+
+        Raises: `PlanError` for a plan without stages, more tensors than there are slots, or more than two draws in one
+            stage (with `known`, its own included).
+        """
         if not self._stages or self._stages[-1].x is None:
             raise PlanError("a plan needs at least one stage, each closed by write()")
         end = end or self.points[-1]

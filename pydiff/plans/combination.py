@@ -10,7 +10,7 @@ class Combination:
     """A formal sum of operands times float64 weights: ``0.5 * x + 2 * d``.
 
     Operands are strings ("x", "d", ...) or pairs such as ("h", 3). Only what is affine can be written: combinations
-    add, subtract, and multiply or divide by numbers.
+    add, subtract, and multiply or divide by numbers. `terms` maps each operand to its weight.
     """
 
     __slots__ = ("terms",)
@@ -45,6 +45,7 @@ class Combination:
         return self + -other
 
     def finite(self) -> bool:
+        """Whether every weight is finite."""
         return all(math.isfinite(w) for w in self.terms.values())
 
     def __repr__(self) -> str:

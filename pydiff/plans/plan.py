@@ -28,19 +28,43 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True, eq=False)
 class Plan(PlanTable):
-    """A compiled sampler of S stages, valid whenever there is one."""
+    """A compiled sampler: a table of one row for each of its S stages (model calls), valid whenever there is one.
+
+    Made by `make_plan`. A plan prints as its table, its length is its number of stages, it equals another one that
+    computes the same, saves, and is followed by another as ``first + second`` (see `concatenate`).
+
+    Attributes (`pydiff.plans.base.PlanTable` says them in full):
+        solver: name of the solver that it was compiled from.
+        coefficients, indices: float64 [S, 48] and int32 [S, 4], what the stage operation reads.
+        times: float64 [n + 1], the time grid of n steps; a step takes one stage or more.
+        alpha, sigma: float64 [S + 1], signal and noise level of x at each call, and at the end.
+        targets: what each stage estimates, "sample" or "epsilon".
+        start_scale, start_noise: what becomes of x_T before the first call.
+        init_std: standard deviation of x_T, when it is drawn.
+        slot_names: what the tensors kept beside x hold.
+        config: how it was compiled.
+
+    Raises: `PlanError` for a table that is not well formed.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         validate(self)
 
     def with_guidance(self, scale: float | np.ndarray) -> Plan:
-        """The same plan with another guidance scale: a number, or one for each stage."""
+        """The same plan with another guidance scale (1 is none).
+
+        Args:
+            scale: a number, or one for each stage, [S].
+
+        Raises: ValueError for another shape and for what is not finite.
+        """
         coefficients = self.coefficients.copy()
         coefficients[:, table.GUIDANCE] = stage_values("guidance_scale", scale, len(self))
         return replace(self, coefficients=coefficients)
 
     def __add__(self, other: Plan) -> Plan:
+        """`concatenate`: run `other` from where this plan ends."""
         return Plan(**joined(self, other))
 
     def __str__(self) -> str:
@@ -65,7 +89,10 @@ class Plan(PlanTable):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """The plan that `to_dict` described. Raises `PlanError` for anything else, one changed digit included."""
+        """The plan whose `to_dict` is data.
+
+        Raises: `PlanError` for anything else: another format or version, a missing field, one changed digit.
+        """
         if data.get("format") != FORMAT:
             raise PlanError(f"not a plan: field 'format' is {data.get('format')!r}, expected {FORMAT!r}")
         if data.get("version") != FORMAT_VERSION:
@@ -86,7 +113,18 @@ class Plan(PlanTable):
         return plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON; float64 values survive exactly. The file appears whole or not at all."""
+        """Write the plan to a file, as JSON; float64 values survive exactly. It appears whole or not at all.
+
+        Args:
+            path: the file, in a folder that exists; an old file is replaced.
+
+        Raises: OSError where the file cannot be written.
+
+        Example:
+            plan = pydiff.make_plan("unipc", steps=8)
+            plan.save("unipc-8.json")
+            assert pydiff.Plan.load("unipc-8.json") == plan
+        """
         path = Path(path)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
         try:
@@ -100,7 +138,18 @@ class Plan(PlanTable):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read what `save` wrote. Raises `PlanError` naming the file if it is not a valid plan."""
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+
+        Raises: OSError where there is none; `PlanError` naming the file if it is not a valid plan.
+
+        Example:
+            pydiff.make_plan("ddim", steps=4).save("plan.json")
+            plan = pydiff.Plan.load("plan.json")
+            assert len(plan) == 4
+        """
         content = Path(path).read_bytes()
         try:
             data = json.loads(content)
@@ -132,7 +181,17 @@ def concatenate(first: Plan, second: Plan) -> Plan:
     """Run `second` from where `first` ends: ``first + second``, one plan whose stages are those of both.
 
     What `second` does before its first call (adding noise, scaling) is folded into the last stage of `first`. Its draw
-    numbers follow those of `first`. Raises `PlanError` if the noise levels do not meet, if one plan serves a mask and
-    the other does not, or if no draw is free for the noise that `second` starts with.
+    numbers follow those of `first`.
+
+    Args:
+        first, second: plans; alpha and sigma at the end of the first are those at the start of the second.
+
+    Raises: `PlanError` if the noise levels do not meet, if one plan serves a mask and the other does not, or if no draw
+        is free for the noise that `second` starts with.
+
+    Example:
+        first = pydiff.make_plan("heun", pydiff.VPLinear(), steps=3, t_end=0.5)
+        second = pydiff.make_plan("dpmpp_2m", pydiff.VPLinear(), steps=5, t_start=0.5)
+        assert len(pydiff.concatenate(first, second)) == len(first) + len(second)
     """
     return first + second

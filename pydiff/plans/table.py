@@ -18,7 +18,7 @@ WEIGHTS = 0  # three combinations of NUM_OPERANDS weights: the new x, and the co
 OUTPUT = 36  # d = OUTPUT[0] * x + OUTPUT[1] * m
 GUIDANCE = 38  # m = m_uncond + scale * (m_cond - m_uncond)
 CLIP = 39  # lower and upper bound of d
-KNOWN = 41  # weights of (known, z0, z1): what stands in the masked region afterwards
+KNOWN = 41  # weights of (known, z0, z1): what stands where the mask is 1 afterwards, known being the clean image there
 INPUT_SCALE = 44  # the model input of this stage is INPUT_SCALE * x
 TIME = 45  # the time the model is told
 SECOND_TIME = 46  # the second time of a flow map

@@ -20,7 +20,10 @@ from pydiff.run.state import State
 
 
 def seed_values(seed: Seed | None, rows: int) -> list[int]:
-    """One seed a row: the given ones; from one number s the seeds s, s + 1, ...; from None random ones."""
+    """One seed a row: the given ones; from one number s the seeds s, s + 1, ...; from None random ones.
+
+    Raises: TypeError for what are no integers; ValueError for another number of them, or beyond 64 bits.
+    """
     if seed is None:
         seed = int(torch.randint(0, 2**62, ()))
     if isinstance(seed, (bool, float)):
@@ -54,7 +57,21 @@ def _on_device(values: Any, dtype: torch.dtype, device: torch.device) -> torch.T
 
 
 def initial_noise(shape: Sequence[int], seeds: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Standard normals [B, *sample] that sampling starts from: draw number `INITIAL_DRAW` of each row's seed."""
+    """The noise that a `Sampler` starts from: standard normals, a function of each row's seed alone.
+
+    Args:
+        shape: [B, *sample].
+        seeds: int64 [B], one for each row, on the device where the noise is wanted.
+        dtype: float32, or float64 holding the same values.
+
+    Returns: [B, *sample] in `dtype` on the device of seeds. x_T is ``plan.init_std`` times it.
+
+    Raises: ValueError for seeds that are no int64 tensor [B], and for another dtype.
+
+    Example:
+        z = pydiff.initial_noise((2, 3, 8, 8), torch.tensor([5, 6]))
+        assert torch.equal(z[1:], pydiff.initial_noise((1, 3, 8, 8), torch.tensor([6])))  # whatever the batch
+    """
     return normal(seeds, INITIAL_DRAW, shape[1:], dtype=dtype)
 
 
@@ -63,20 +80,32 @@ def initial_noise(shape: Sequence[int], seeds: torch.Tensor, dtype: torch.dtype 
 def init(plan: Plan | Sequence[Plan], x: torch.Tensor, options: InitOptions) -> State:
     """The state before the first model call.
 
-    Args:
+    Args (`pydiff.run.options.InitOptions` says them in full):
         plan: one plan for all rows, or one for each.
-        x: [B, *sample] at the plan's first noise level (x_T); it is copied, not changed.
-        seed, noise, dtype, model_dtype, mask, known, constant, extra, copies: see
-            `pydiff.run.options.InitOptions`.
+        x: x_T [B, *sample] at the plan's first noise level (plan.init_std * noise); it is copied, not changed.
+        seed: of the noise that a stochastic plan adds: s (row k takes s + k), one for each row, or None: random.
+        noise: that noise itself, [plan.num_draws, *x.shape], or a function of the draw number.
+        dtype: of the state, float32 (the default) or float64.
+        model_dtype: of the model's input: float32, bfloat16, float16 or float64; `dtype` by default.
+        mask, known: where mask is 1 stands known, a clean image (inpainting); both broadcast to x.
+        constant, extra: the tensors that a plan's operands of that name stand for; they broadcast to x.
+        copies: how many rows of the model's input each row of the batch has: 1, or 2 for [unconditional; conditional]
+            rows. By default 2 where a plan is guided; with 1 its guidance scale has no effect.
 
-    Returns: the state; its `x` is float32 (float64 on request) on the device of x.
+    Returns: the state, on the device of x.
 
-    Raises: TypeError or ValueError naming the argument, before anything is allocated.
+    Raises: TypeError for an x that is no floating-point batch, for seeds that are no integers and for noise that is
+        neither tensor nor function; ValueError for plans, seeds or noise that do not fit the rows, dtypes that there
+        are not, another `copies`, operands that do not broadcast to x, a mask without known (or a plan that was not
+        compiled with ``known=True``), and operands that the plan needs and did not get.
 
     Example:
-        state = pydiff.init(plan, pydiff.initial_noise((4, 3, 32, 32), torch.arange(4)), seed=[0, 1, 2, 3])
+        model = pydiff.load_model("mnist")
+        plan = pydiff.make_plan("ddim", pydiff.VPCosine(), steps=4, prediction="v_prediction", guidance_scale=2.0)
+        state = pydiff.init(plan, pydiff.initial_noise((1, 1, 28, 28), torch.tensor([0])))
+        labels = torch.tensor([model.null_label, 3])  # of the rows [unconditional; conditional]
         while not state.finished:
-            state = pydiff.step(state, model(state.model_input, state.model_time))
+            state = pydiff.step(state, model(state.model_input, state.model_time, labels))
     """
     check_x(x)
     plans, row_plan = distinct_plans(plan, x.shape[0])
@@ -135,7 +164,7 @@ def check_dtypes(dtype: torch.dtype, model_dtype: torch.dtype) -> None:
 
 
 def check_shape(name: str, shape: Any) -> tuple[int, ...]:
-    """The shape of a batch of samples as a tuple; raises `ValueError` for what is none."""
+    """The shape of a batch of samples as a tuple. Raises ValueError for what is none."""
     given = list(shape) if isinstance(shape, (Sequence, np.ndarray)) and not isinstance(shape, str) else []
     if not given or not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 0 for n in given):
         raise ValueError(f"{name} must be [batch, *sample], integers of at least 0, got {shape!r:.80}")
@@ -143,7 +172,10 @@ def check_shape(name: str, shape: Any) -> tuple[int, ...]:
 
 
 def expand_operand(name: str, value: torch.Tensor, shape: Sequence[int], **to: Any) -> torch.Tensor:
-    """mask, known, constant or extra in the shape of x, and on its device (device=) in its dtype (dtype=)."""
+    """mask, known, constant or extra in the shape of x, and on its device (device=) in its dtype (dtype=).
+
+    Raises: ValueError for what does not broadcast to it.
+    """
     try:
         return value.to(**to).expand(shape) if to else value.expand(shape)
     except (AttributeError, RuntimeError) as error:
@@ -160,7 +192,10 @@ def check_x(x: Any) -> None:
 
 
 def distinct_plans(plan: Plan | Sequence[Plan], rows: int) -> tuple[list[Plan], list[int]]:
-    """The plans of a batch without repetition, and which of them each of its rows follows."""
+    """The plans of a batch without repetition, and which of them each of its rows follows.
+
+    Raises: ValueError for what is neither a plan nor one for each row.
+    """
     if isinstance(plan, Plan):
         return [plan], [0] * rows
     given = list(plan) if isinstance(plan, Sequence) else []
@@ -173,6 +208,7 @@ def distinct_plans(plan: Plan | Sequence[Plan], rows: int) -> tuple[list[Plan], 
 
 
 def check_operands(plans: list[Plan], mask: Any, known: Any, constant: Any, extra: Any) -> None:
+    """Raise ValueError unless the caller's tensors (`Plan.operands`) are those that the plans need."""
     if (mask is None) != (known is None):
         raise ValueError("mask and known must be given together: where the mask is 1, known stands")
     if mask is not None and not all("known" in p.operands for p in plans):

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 
 class NonFiniteError(RuntimeError):
-    """The model returned NaN or infinity. `rows` maps each row concerned to the stage where it was first seen."""
+    """The model returned NaN or infinity.
+
+    Args:
+        plans, row_plan: the distinct plans of the batch, and which of them each row follows.
+        rows: each row concerned, and the stage of its plan where that was first seen; kept as an attribute.
+    """
 
     def __init__(self, plans: Sequence[Plan], row_plan: Sequence[int], rows: dict[int, int]):
         self.rows = rows
@@ -41,29 +46,39 @@ class NonFiniteError(RuntimeError):
 
 @takes(RunOptions)
 def run_plan(plan: Plan | Sequence[Plan], model: Model, x: torch.Tensor, options: RunOptions) -> Any:
-    """Run a plan on a model.
+    """Run a plan on a model: all its stages (model calls), from x_T to the sample.
 
-    Args:
+    Args (`pydiff.run.options.RunOptions` says them in full):
         plan: one plan, or one for each row.
-        model: called as model(x, t, **cond) with x [copies * B, *sample] in `model_dtype` (with guidance twice the
-            rows, unconditional first) and t [copies * B]; returns a tensor like x, or an object that holds it as
-            `.sample`.
-        x: x_T [B, *sample] at the plan's first noise level, left as it is.
-        seed, noise, generator: of the noise a stochastic plan adds; at most one of them.
-        cond, uncond: keyword arguments of the model.
-        dtype, model_dtype: of the state, and of the model's input.
-        mask, known, constant, extra: the caller's tensors.
-        callback, callback_stages, progress, return_trajectory: what is seen of the run.
-        check_finite, hoist: see `pydiff.run.options.RunOptions`, which says all of these in full.
+        model: called as model(x, t, **cond) with x [copies * B, *sample] in `model_dtype` and t [copies * B]; returns a
+            tensor like x, or an object that holds it as `.sample`. copies is 1, or 2 where a plan is guided: then the
+            rows are [unconditional; conditional].
+        x: x_T [B, *sample] at the plan's first noise level (plan.init_std * noise), left as it is.
+        seed: of the noise that a stochastic plan adds: s (row k takes s + k), one for each row, or None: random.
+        noise: that noise itself, [plan.num_draws, *x.shape], or a function of the draw number.
+        generator: a torch.Generator to draw it, or one for each row. At most one of seed, noise and generator.
+        cond, uncond: keyword arguments of the model; uncond for the unconditional rows.
+        dtype, model_dtype: of the state (float32 or float64; float32 by default), and of the model's input.
+        mask, known: where mask is 1 stands known, a clean image (inpainting); both broadcast to x.
+        constant, extra: the tensors that a plan's operands of that name stand for; they broadcast to x.
+        callback: called with a `StageInfo` after each stage; a true answer ends the run.
+        callback_stages: n for every n-th stage and the last, or the numbers of the stages.
+        progress: show a progress bar.
+        return_trajectory: return x before the first stage and after every stage too.
+        check_finite: look for NaN and infinity in what the model returns.
+        hoist: compute before the loop what does not depend on x, where `optimize` has made that possible.
 
-    Returns: the sample, [B, *sample] in `dtype`; with return_trajectory (sample, trajectory [stages + 1, B, *sample]).
+    Returns: the sample, [B, *sample] in `dtype` on the device of x; with return_trajectory (sample, trajectory
+        [stages + 1, B, *sample]).
 
     Raises: TypeError or ValueError naming the argument, before the first model call; `NonFiniteError` if the model
-        returns NaN or infinity; what the model raises.
+        returns NaN or infinity; RuntimeError if it changes its input in place; what the model raises.
 
     Example:
-        plan = pydiff.make_plan("unipc", pydiff.VPLinear(), steps=8)
-        x = pydiff.run_plan(plan, model, torch.randn(4, 3, 32, 32), cond={"labels": torch.arange(4)})
+        model = pydiff.load_model("mnist")
+        plan = pydiff.make_plan("unipc", pydiff.VPCosine(), steps=8, prediction="v_prediction")
+        x_T = plan.init_std * torch.randn(2, 1, 28, 28)
+        x = pydiff.run_plan(plan, model, x_T, cond={"labels": torch.tensor([3, 7])})
     """
     warn_if_training(model)
     return run_with(plan, model, x, options)
@@ -102,6 +117,9 @@ def model_arguments(
     """The model's keyword arguments for a whole run, [uncond; cond] where the plan is guided.
 
     device, dtype: of the model's input, which numpy arrays of floating-point numbers get.
+
+    Raises: TypeError for a guided plan without uncond, and for conditions that are no mappings; ValueError where the
+        two do not fit each other.
     """
     conditional = model_keywords("cond", options.cond, device, dtype)
     if not guided:
@@ -112,7 +130,11 @@ def model_arguments(
 
 
 def callback_stops(callback: Callback | None, stages: int | Collection[int], total: int) -> frozenset[int]:
-    """The stages after which the callback is called."""
+    """The stages after which the callback is called, of a run of `total`.
+
+    Raises: TypeError for a callback that cannot be called, ValueError for stages that are neither a number of at least
+        1 nor numbers from 0.
+    """
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable with a StageInfo, got {type(callback).__name__}")
     if isinstance(stages, (int, np.integer)) and not isinstance(stages, bool) and stages >= 1:
@@ -135,7 +157,15 @@ def run(
     options: RunOptions,
     trajectory: list[torch.Tensor] | None = None,
 ) -> None:
-    """Advance `state` to the end of its plans (or until the callback says stop), x after each stage to `trajectory`."""
+    """Advance `state` to the end of its plans (or until the callback says stop).
+
+    Args:
+        arguments: the model's keywords.
+        options: those that concern the loop: callback, callback_stages, progress, check_finite, hoist.
+        trajectory: a list that gets x after every stage.
+
+    Raises: `NonFiniteError`; RuntimeError for a model that changes its input in place.
+    """
     callback, check_finite = options.callback, options.check_finite
     stops = callback_stops(callback, options.callback_stages, state.total)
     plan = max(state.plans, key=len)

@@ -20,7 +20,16 @@ R = TypeVar("R")
 
 
 class StageInfo(NamedTuple):
-    """What a callback is told after a stage."""
+    """What a callback is told after a stage (one model call).
+
+    Example:
+        def watch(info):
+            print(f"{info.stage + 1} of {info.total}, time {info.time:.3f}, {info.x.std():.2f}")
+            return info.stage == 3  # true: stop there
+
+        model = pydiff.load_model("mnist")
+        x = pydiff.sample(model, (1, 1, 28, 28), steps=6, seed=0, callback=watch)
+    """
 
     stage: int
     """The stage just done, from 0."""
@@ -44,7 +53,8 @@ class StateOptions:
     seed: Seed | None = None
     """Of the noise that a stochastic plan adds: an integer s (row k takes s + k) or one for each row; None: random."""
     noise: Noise | None = None
-    """The caller's noise in its place: [draws, *x.shape], or a function of the draw number. For one plan only."""
+    """The caller's noise in its place: [plan.num_draws, *x.shape], or a function of the draw number that returns a
+    tensor like x. For one plan only."""
     dtype: torch.dtype | None = None
     """float32 (the default) or float64, of the sample, the history and the coefficients."""
     model_dtype: torch.dtype | None = None
@@ -52,7 +62,8 @@ class StateOptions:
     mask: torch.Tensor | None = None
     """1 where `known` stands and 0 where the sample does, between them a blend; broadcasts to x. With `known` only."""
     known: torch.Tensor | None = None
-    """A clean sample that a masked region has to equal (inpainting); broadcasts to x. The plan needs ``known=True``."""
+    """The clean sample that stands where `mask` is 1 (inpainting), noised to the level of x after each stage;
+    broadcasts to x. The plan needs ``known=True``."""
     constant: torch.Tensor | None = None
     """The tensor that a plan's operand "constant" stands for; broadcasts to x."""
     extra: torch.Tensor | None = None
@@ -104,7 +115,10 @@ RENAMED = {"callback_steps": "callback_stages"}
 
 
 def takes(options: type) -> Callable[[Callable[..., R]], Callable[..., R]]:
-    """Give a function whose last parameter is `options` the fields of that class as keyword arguments in its place."""
+    """Give a function whose last parameter is `options` the fields of that class as keyword arguments in its place.
+
+    The function made raises TypeError for a keyword that is no such field, with a suggestion.
+    """
     fields = {field.name: field for field in dataclasses.fields(options)}
 
     def decorate(function: Callable[..., R]) -> Callable[..., R]:

@@ -25,15 +25,19 @@ from pydiff.run.options import warn_renamed
 
 
 class State:
-    """A batch in the middle of its plans. Made by `init`, advanced by `step`.
+    """A batch in the middle of its plans. Made by `init`, advanced by `step`, one stage (model call) at a time.
+
+    A model call changes nothing in it; `step` commits. `copies` is 1, or 2 where the model runs on [unconditional;
+    conditional] rows for classifier-free guidance.
+
+    Args:
+        tensors: the memory it works in (`pydiff.ops.stage.StageTensors`), `known` and the caller's other tensors
+            (`Plan.operands`) among them.
+        plans, row_plan: the distinct plans of the batch, and which of them each row follows.
+        source: the caller's noise, or None where it comes from the seeds.
 
     Attributes:
-        x: [B, *sample], the current sample, float32 (float64 on request). A view: clone it to keep it.
-        model_input: [copies * B, *sample] in the model's dtype, what to call the model with; with guidance its rows
-            are [unconditional; conditional].
-        model_time: [copies * B] the time of each row.
-        plans: the distinct plans of the batch; row_plan: which of them each row follows.
-        stages_done: how many times `step` has run, once a stage (one model call).
+        stages_done: how many times `step` has run.
         total: stages until every row has reached the end of its plan.
     """
 
@@ -46,14 +50,20 @@ class State:
 
     @property
     def x(self) -> torch.Tensor:
+        """[B, *sample], the current sample, float32 (float64 on request). A view: clone it to keep it."""
         return self.tensors.registers[0]
 
     @property
     def model_input(self) -> torch.Tensor:
+        """[copies * B, *sample] in the model's dtype, what to call the model with. A view that `step` overwrites.
+
+        With copies = 2 its rows are [unconditional; conditional], both with the same x.
+        """
         return self.x if self.tensors.model_input is None else self.tensors.model_input
 
     @property
     def model_time(self) -> torch.Tensor:
+        """[copies * B] the time to tell the model of each row. A view that `step` overwrites."""
         assert self.tensors.model_time is not None
         return self.tensors.model_time
 
@@ -70,7 +80,7 @@ class State:
 
     @property
     def stage(self) -> torch.Tensor:
-        """[B] stage that each row is at, counted from the start of its plan."""
+        """int32 [B], the stage that each row is at, counted from the start of its plan."""
         return self.tensors.cursor - self._starts()
 
     def _starts(self) -> torch.Tensor:
@@ -85,7 +95,10 @@ class State:
         return nonfinite_rows(self.tensors.nonfinite, self.plans, self.row_plan)
 
     def clone(self) -> State:
-        """An independent copy: stepping one leaves the other as it is."""
+        """An independent copy: stepping one leaves the other as it is.
+
+        Raises: ValueError where the noise comes from a function or a generator, which cannot be asked twice.
+        """
         self._refuse_noise_function("cloned")
         other = copy.copy(self)
         t = copy.copy(self.tensors)
@@ -106,6 +119,13 @@ class State:
 
         Both must have the same sample shape, and this batch must hold the same plan, with room for its slots. What
         belongs to a batch as a whole (noise given by the caller, masks and other operands) does not move.
+
+        Args:
+            other: the state it comes from, left as it is.
+            source, row: rows of `other` and of this batch, from 0; what this row did before is lost.
+
+        Raises: ValueError for rows that there are not, other plans, shapes or (with guidance) copies, and for batches
+            that were given noise or operands.
         """
         self._check_move(other, source, row)
         plan = other.plans[other.row_plan[source]]
@@ -144,7 +164,10 @@ class State:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on elsewhere: tensors and the plans' own descriptions. For `torch.save`."""
+        """Everything needed to go on elsewhere: tensors and the plans' own descriptions. For `torch.save`.
+
+        Raises: ValueError where the noise comes from a function or a generator, which cannot be saved.
+        """
         self._refuse_noise_function("saved")
         t = self.tensors
         names = [n for n in FIELDS if n != "copies"]
@@ -160,7 +183,13 @@ class State:
 
     @classmethod
     def from_state_dict(cls, saved: dict[str, Any]) -> State:
-        """The state that `state_dict` described."""
+        """The state that `state_dict` described, on the device where the saved tensors are.
+
+        Args:
+            saved: what `state_dict` returned.
+
+        Raises: `PlanError` for plans that this version does not read.
+        """
         tensors = StageTensors(**{n: v.clone() for n, v in saved["tensors"].items()}, copies=saved["copies"])
         state = cls(tensors, [Plan.from_dict(p) for p in saved["plans"]], saved["row_plan"], None)
         state.stages_done, state.total = saved["stages_done"], saved["total"]
@@ -179,9 +208,24 @@ def nonfinite_rows(flags: torch.Tensor, plans: Sequence[Plan], row_plan: Sequenc
 
 
 def step(state: State, m: torch.Tensor) -> State:
-    """Commit one stage: `m` is the model's output for `state.model_input`. Returns the same state, advanced.
+    """Commit one *stage*, that is one model call, and not one step of the time grid, which may take several.
 
-    Raises, before anything changes, if `m` has the wrong shape, dtype or device.
+    Args:
+        state: from `init`; it is changed in place.
+        m: the model's output for `state.model_input`, [copies * B, *sample], float32, bfloat16, float16 or float64, on
+            the state's device. With copies = 2 its rows are [unconditional; conditional].
+
+    Returns: the same state, one stage further. Rows at the end of their plan stay what they are.
+
+    Raises: TypeError or ValueError, before anything changes, if m has the wrong shape, dtype or device.
+
+    Example:
+        model = pydiff.load_model("mnist")
+        plan = pydiff.make_plan("heun", pydiff.VPCosine(), steps=3, prediction="v_prediction")
+        state = pydiff.init(plan, plan.init_std * torch.randn(1, 1, 28, 28))
+        while not state.finished:
+            state = pydiff.step(state, model(state.model_input, state.model_time))
+        assert state.stages_done == len(plan) == 6  # two model calls a step
     """
     if state.source is not None:
         state.source.prepare(state.stages_done)

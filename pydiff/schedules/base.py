@@ -1,6 +1,6 @@
 """The contract every noise schedule keeps: checked times, numpy arrays or floats, comparison, saving.
 
-The schedules themselves, and the definitions of lambda, f and g^2, are in `noise_schedule.py`.
+The schedules themselves, and the definitions of lambda, f and g^2, are in `closed_form.py`.
 """
 
 from __future__ import annotations
@@ -27,22 +27,31 @@ def number_argument(owner: str, name: str, value: float, low: float = 0.0, inclu
 
 
 class NoiseSchedule(ABC):
-    """The contract of a schedule. Subclasses write the underscored methods, on checked float64 arrays.
+    """How much signal and how much noise a sample holds at time t: x_t = alpha(t) x0 + sigma(t) eps, eps ~ N(0, I).
 
-    Attributes: `t_start` (default noisiest time), `t_end` (default last noisy time), `clean_time` (sigma = 0
-    there, exactly), `t_max` (largest valid time), `final_sigmas_type` (does a default grid end at
-    `clean_time` ("zero") or at `t_end` ("sigma_min")), `default_grid`, and `variance_preserving` (alpha^2 +
-    sigma^2 = 1).
+    The time is the schedule's own and is what the model is told; it grows with the noise. Methods take a float and
+    return one, or take a float64 array and return one of its shape; they raise ValueError for a time outside
+    [clean_time, t_max]. Schedules compare, hash, and save as `to_dict`.
+
+    A schedule of your own is a `FromLogSNR`, or a subclass that writes the underscored methods, on checked arrays.
     """
 
     t_start: float
+    """The noisiest time of a default grid, where sampling starts."""
     t_end: float
+    """The last noisy time of a default grid."""
     clean_time: float = 0.0
+    """Where sigma is 0, exactly."""
     t_max: float = 1.0
+    """The largest valid time."""
     final_sigmas_type: str = "zero"
+    """Whether a default grid goes on to `clean_time` ("zero") or ends at `t_end` and leaves its noise ("sigma_min")."""
     default_grid: str = "logsnr"
+    """The name in `list_grids` of the grid that `make_times` takes by default."""
     variance_preserving: bool = False
-    parameters: ClassVar[tuple[str, ...]] = ()  # constructor arguments, each kept as an attribute of the same name
+    """Whether alpha^2 + sigma^2 = 1."""
+    parameters: ClassVar[tuple[str, ...]] = ()
+    """Names of the constructor's arguments, each kept as an attribute of that name."""
     _registry: ClassVar[dict[str, type[NoiseSchedule]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -71,43 +80,52 @@ class NoiseSchedule(ABC):
         return self._log_alpha(t) - np.log(self._sigma(t))
 
     def alpha(self, t: Value) -> Value:
-        """Coefficient of x0, in [0, 1]."""
+        """The coefficient of x0 at time t, in [0, 1]. Raises ValueError for a t out of range."""
         return self._apply(self._alpha, t)
 
     def sigma(self, t: Value) -> Value:
-        """Coefficient of the noise, >= 0."""
+        """The coefficient of the noise at time t: standard deviation, >= 0. Raises ValueError for a t out of range."""
         return self._apply(self._sigma, t)
 
     def log_alpha(self, t: Value) -> Value:
-        """log alpha(t); -inf where alpha = 0."""
+        """log alpha(t); -inf where alpha = 0. Raises ValueError for a t out of range."""
         return self._apply(self._log_alpha, t)
 
     def log_snr(self, t: Value) -> Value:
-        """lambda(t) = log(alpha / sigma), decreasing; +inf where sigma = 0, -inf where alpha = 0.
+        """lambda(t) = log(alpha / sigma), decreasing in t; +inf where sigma = 0, -inf where alpha = 0.
 
         This is the half-log-SNR of DPM-Solver (2206.00927): half of log(alpha^2 / sigma^2), which VDM (2107.00630) and
-        others call the log-SNR.
+        others call the log-SNR. Raises ValueError for a t out of range.
         """
         return self._apply(self._log_snr, t)
 
     def drift(self, t: Value) -> Value:
-        """f(t) = d log alpha / dt (2011.13456, eq. 5); ValueError where alpha = 0 makes it infinite."""
+        """f(t) = d log alpha / dt of the SDE dx = f x dt + g dw (2011.13456, eq. 5).
+
+        Raises: ValueError where alpha(t) = 0 makes it infinite.
+        """
         return self._finite("drift", self._drift, t)
 
     def diffusion_squared(self, t: Value) -> Value:
-        """g(t)^2 = d sigma^2 / dt - 2 f sigma^2 (2011.13456, eq. 5); ValueError where alpha = 0 makes it
-        infinite.
+        """g(t)^2 = d sigma^2 / dt - 2 f sigma^2 of the SDE dx = f x dt + g dw (2011.13456, eq. 5).
+
+        Raises: ValueError where alpha(t) = 0 makes it infinite.
         """
         return self._finite("diffusion_squared", self._diffusion_squared, t)
 
     def init_std(self, t: Value) -> Value:
-        """Standard deviation of the prior that sampling from time t starts with: 1 for VP, else sigma(t)."""
+        """Standard deviation of the prior that sampling starts with at time t: 1 for VP, else sigma(t).
+
+        Raises: ValueError for a t out of range.
+        """
         return self._apply(np.ones_like if self.variance_preserving else self._sigma, t)
 
     def t_of_log_snr(self, log_snr: Value) -> Value:
-        """The time with log(alpha / sigma) = log_snr, exactly; +inf gives `clean_time`, -inf the time with alpha = 0.
+        """The inverse of `log_snr`: the time with log(alpha / sigma) = log_snr, half of the papers' log-SNR.
 
-        Raises ValueError for nan and for values that no time in [clean_time, t_max] reaches.
+        +inf gives `clean_time`, -inf the time with alpha = 0.
+
+        Raises: ValueError for nan and for values that no time in [clean_time, t_max] reaches.
         """
         target = np.asarray(log_snr, dtype=np.float64)
         lowest = float(self.log_snr(self.t_max)) if math.isfinite(self.t_max) else -math.inf
@@ -125,7 +143,10 @@ class NoiseSchedule(ABC):
         return cast(Value, float(times) if times.ndim == 0 else times)
 
     def check_time(self, t: float | Array) -> Array:
-        """The times as a float64 array, or a ValueError that names the first one out of range."""
+        """The times t as a float64 array.
+
+        Raises: ValueError naming the first one that is not finite or lies outside [clean_time, t_max].
+        """
         times = np.asarray(t, dtype=np.float64)
         bad = ~(np.isfinite(times) & (times >= self.clean_time) & (times <= self.t_max))
         if bad.any():
@@ -167,7 +188,10 @@ class NoiseSchedule(ABC):
 
     @staticmethod
     def from_dict(description: dict[str, Any]) -> NoiseSchedule:
-        """The schedule that `to_dict` described; ValueError for an unknown class name."""
+        """The schedule that `to_dict` described; description: {"schedule": class name, **constructor arguments}.
+
+        Raises: ValueError for an unknown class name, and what the constructor raises.
+        """
         arguments = dict(description)
         name = arguments.pop("schedule", None)
         known = {key: cls for key, cls in NoiseSchedule._registry.items() if cls.parameters}

@@ -2,7 +2,7 @@
 
 Every schedule describes x_t = alpha(t) x0 + sigma(t) eps with eps ~ N(0, I), and answers in closed form
 
-    log_snr(t) = log(alpha / sigma)         lambda, the half-log-SNR of DPM-Solver (2206.00927), decreasing
+    log_snr(t) = log(alpha / sigma)         lambda, half of the papers' log-SNR (2206.00927), decreasing
     drift(t) = d log alpha / dt             f of dx = f x dt + g dw (Score SDE, 2011.13456, eq. 5)
     diffusion_squared(t) = g^2 = d sigma^2/dt - 2 f sigma^2 = -2 sigma^2 d lambda/dt
 
@@ -50,8 +50,22 @@ class _VariancePreserving(NoiseSchedule):
 
 
 class VPLinear(_VariancePreserving):
-    """VP SDE with beta(t) linear in t in [0, 1] (2011.13456, eq. 33): log alpha = -t^2 (b1 - b0)/4 - t
-    b0/2.
+    """The variance-preserving SDE with beta(t) linear in t (Score SDE, 2011.13456, eq. 33).
+
+        log alpha(t) = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2,    sigma(t)^2 = 1 - alpha(t)^2
+
+    t lies in [0, 1]: 0 is clean, 1 is nearly all noise. A default grid runs evenly in log(alpha / sigma) from
+    t_start = 1 to t_end = 1e-3, and ends there.
+
+    Args:
+        beta_min, beta_max: beta(0) and beta(1), > 0.
+
+    Raises: ValueError for a beta that is not finite and above 0.
+
+    Example:
+        schedule = pydiff.VPLinear()
+        assert abs(schedule.alpha(0.5) ** 2 + schedule.sigma(0.5) ** 2 - 1) < 1e-12
+        plan = pydiff.make_plan("dpmpp_2m", schedule, steps=20)
     """
 
     t_start, t_end = 1.0, 1e-3
@@ -75,10 +89,22 @@ class VPLinear(_VariancePreserving):
 
 
 class VPCosine(_VariancePreserving):
-    """Continuous cosine schedule (Improved DDPM, 2102.09672, eq. 17), t in [0, 1].
+    """The cosine schedule in continuous time (Improved DDPM, 2102.09672, eq. 17).
 
-    alpha = cos(theta) / cos(theta_0) with theta = (t + s)/(1 + s) pi/2; alpha(1) = 0 exactly. Sampling starts
-    at 0.9946 as in DPM-Solver, since lambda tends to -inf at t = 1.
+        alpha(t) = cos(theta(t)) / cos(theta(0)),    theta(t) = (t + s) / (1 + s) * pi / 2,    sigma^2 = 1 - alpha^2
+
+    t lies in [0, 1]: 0 is clean, and alpha(1) = 0 exactly. A default grid runs evenly in log(alpha / sigma) from
+    t_start = 0.9946, as in DPM-Solver, since that tends to -inf at t = 1, to t_end = 1e-3, and ends there.
+
+    Args:
+        s: offset that keeps the noise of the first steps from being too small, >= 0.
+
+    Raises: ValueError for an s that is not finite and at least 0.
+
+    Example:
+        schedule = pydiff.VPCosine()
+        assert schedule.alpha(1.0) == 0.0
+        plan = pydiff.make_plan("dpmpp_2m", schedule, steps=20, prediction="v_prediction")
     """
 
     t_start, t_end = 0.9946, 1e-3
@@ -107,10 +133,15 @@ class VPCosine(_VariancePreserving):
 
 
 def named_betas(name: str, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Array:
-    """The beta arrays known by name, in float64, with the formulas of diffusers.
+    """The beta arrays known by name, float64 [num_train_timesteps], with the formulas of diffusers.
 
-    linear (DDPM, 2006.11239), scaled_linear (latent diffusion, 2112.10752), squaredcos_cap_v2 (2102.09672;
-    ignores beta_start and beta_end, capped at 0.999), sigmoid (GeoDiff, 2203.02923).
+    Args:
+        name: "linear" (DDPM, 2006.11239), "scaled_linear" (latent diffusion, 2112.10752), "squaredcos_cap_v2"
+            (2102.09672; ignores beta_start and beta_end, capped at 0.999) or "sigmoid" (GeoDiff, 2203.02923).
+        num_train_timesteps: at least 2.
+        beta_start, beta_end: the first and the last beta, in (0, 1).
+
+    Raises: ValueError for an unknown name and for fewer than 2 timesteps.
     """
     n = int(num_train_timesteps)
     if n < 2:
@@ -128,9 +159,7 @@ def named_betas(name: str, num_train_timesteps: int = 1000, beta_start: float = 
 
 
 def rescale_zero_terminal_snr(betas: Sequence[float] | Array) -> Array:
-    """Betas shifted and scaled so that the last alpha is 0 and the first unchanged (2305.08891, algorithm
-    1).
-    """
+    """Betas shifted and scaled so that the last alpha is 0 and the first unchanged (2305.08891, algorithm 1)."""
     alpha = np.sqrt(np.cumprod(1.0 - np.asarray(betas, dtype=np.float64)))
     alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
     squared = alpha**2
@@ -138,19 +167,39 @@ def rescale_zero_terminal_snr(betas: Sequence[float] | Array) -> Array:
 
 
 class DiscreteBetas(_VariancePreserving):
-    """A schedule given at N indices; the time is the fractional index, t in [-1, N - 1], and t = -1 is clean.
+    """A schedule given at the N indices a model was trained on (DDPM, 2006.11239, eq. 4).
+
+        alpha(k)^2 = (1 - betas[0]) ... (1 - betas[k]),    sigma(k)^2 = 1 - alpha(k)^2
+
+    t is the index, fractions included, in [-1, N - 1]; t = -1 is clean. A default grid has the "trailing" spacing from
+    t_start = N - 1, and ends in a step to the clean time; t_end = 0.
 
     Between indices log alpha is piecewise linear, as DPM-Solver interpolates (2206.00927, appendix D.4), with
-    log alpha(-1) = 0. When the last beta is 1 (zero terminal SNR, 2305.08891) alpha(N - 1) is exactly 0 and
-    log alpha
-    has no linear interpolation: on that last segment alpha itself is interpolated. The drift jumps at the
-    indices, where it is that of the cleaner segment, the one sampling enters.
+    log alpha(-1) = 0. When the last beta is 1 (zero terminal SNR, 2305.08891) alpha(N - 1) is exactly 0 and log alpha
+    has no linear interpolation: on that last segment alpha itself is interpolated. The drift jumps at the indices,
+    where it is that of the cleaner segment, the one sampling enters.
+
+    Args:
+        betas: [N] variances of the forward steps, N >= 2, each in (0, 1); the last may be 1.
+        rescale_betas_zero_snr: shift and scale them so that alpha(N - 1) = 0 (2305.08891, algorithm 1).
+
+    Attributes:
+        betas: float64 [N], rescaled where that was asked for.
+        alphas_cumprod: float64 [N], alpha^2 at the indices.
+        num_train_timesteps: N.
+        zero_terminal_snr: whether alpha(N - 1) = 0.
+
+    Raises: ValueError naming the first beta that is out of range, and for fewer than 2.
+
+    Example:
+        schedule = pydiff.DiscreteBetas.named("scaled_linear", beta_start=0.00085, beta_end=0.012)  # Stable Diffusion
+        assert schedule.t_start == 999 and schedule.alpha(-1.0) == 1.0
+        plan = pydiff.make_plan("ddim", schedule, steps=50)
     """
 
     clean_time, t_end = -1.0, 0.0
-    default_grid = (
-        "trailing"  # the one index spacing that starts at N - 1 and ends in a full step to clean (2305.08891)
-    )
+    # The one index spacing that starts at N - 1 and ends in a full step to clean (2305.08891).
+    default_grid = "trailing"
     parameters = ("betas",)
 
     def __init__(self, betas: Sequence[float] | Array, rescale_betas_zero_snr: bool = False) -> None:
@@ -188,7 +237,17 @@ class DiscreteBetas(_VariancePreserving):
         beta_end: float = 0.02,
         rescale_betas_zero_snr: bool = False,
     ) -> DiscreteBetas:
-        """`DiscreteBetas(named_betas(...))`; names: linear, scaled_linear, squaredcos_cap_v2, sigmoid."""
+        """A schedule from betas that go by a name, with the formulas of diffusers.
+
+        Args:
+            name: "linear" (DDPM, 2006.11239), "scaled_linear" (latent diffusion, 2112.10752), "squaredcos_cap_v2"
+                (2102.09672; ignores beta_start and beta_end) or "sigmoid" (GeoDiff, 2203.02923).
+            num_train_timesteps: how many betas, at least 2.
+            beta_start, beta_end: the first and the last beta, in (0, 1).
+            rescale_betas_zero_snr: make the last alpha 0 (2305.08891, algorithm 1).
+
+        Raises: ValueError for an unknown name and for values out of range.
+        """
         return cls(named_betas(name, num_train_timesteps, beta_start, beta_end), rescale_betas_zero_snr)
 
     def _log_alpha(self, t: Array) -> Array:
@@ -222,8 +281,23 @@ class DiscreteBetas(_VariancePreserving):
 
 
 class VE(NoiseSchedule):
-    """Variance exploding with sigma as the time: alpha = 1, sigma(t) = t, t in [0, inf) (2206.00364's view of
-    2011.13456). Times above sigma_max are valid, since churn raises sigma; f = 0 and g^2 = 2 sigma.
+    """Variance exploding, with sigma as the time (2011.13456, eq. 9, in the time of 2206.00364).
+
+        alpha(t) = 1,    sigma(t) = t,    f = 0,    g^2 = 2 t
+
+    t lies in [0, inf); times above sigma_max are valid, since churn raises sigma. A default grid is Karras' from
+    t_start = sigma_max to t_end = sigma_min, and goes on to 0. x_T has the standard deviation sigma_max.
+
+    Args:
+        sigma_min: the last noise level of a default grid, > 0.
+        sigma_max: the first, > sigma_min.
+
+    Raises: ValueError unless 0 < sigma_min < sigma_max, both finite.
+
+    Example:
+        schedule = pydiff.VE(sigma_min=0.02, sigma_max=100.0)
+        assert schedule.alpha(7.0) == 1.0 and schedule.sigma(7.0) == 7.0
+        plan = pydiff.make_plan("euler_ancestral", schedule, steps=30)
     """
 
     t_max = math.inf
@@ -252,16 +326,44 @@ class VE(NoiseSchedule):
 
 
 class EDM(VE):
-    """The same mathematics as `VE` with the defaults of EDM (2206.00364, table 1): sigma from 80 to 0.002."""
+    """The same mathematics as `VE` (alpha = 1, sigma = t) with the noise levels of EDM (2206.00364, table 1).
+
+    t is sigma, in [0, inf); a default grid is Karras' from t_start = sigma_max = 80 to t_end = sigma_min = 0.002, and
+    goes on to 0. For a network of EDM's, or a diffusers EDM scheduler, see `EDMPrecond`.
+
+    Args:
+        sigma_min: the last noise level of a default grid, > 0.
+        sigma_max: the first, > sigma_min.
+
+    Raises: ValueError unless 0 < sigma_min < sigma_max, both finite.
+
+    Example:
+        plan = pydiff.make_plan("heun", pydiff.EDM(), steps=18, prediction=pydiff.EDMPrecond(sigma_data=0.5))
+        assert len(plan) == 35  # Heun calls the model twice a step, and once in the last
+    """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
         super().__init__(sigma_min, sigma_max)
 
 
 class RectifiedFlow(NoiseSchedule):
-    """Straight paths x_t = (1 - t) x0 + t eps, t in [0, 1] (2209.03003); f = -1/(1 - t), g^2 = 2 t/(1 - t).
+    """Straight paths from data to noise: x_t = (1 - t) x0 + t eps (rectified flow, 2209.03003, eq. 1).
 
-    `shift` (SD3, 2403.03206, eq. 23) acts on grids through `shift_time` and leaves alpha and sigma alone.
+        alpha(t) = 1 - t,    sigma(t) = t,    f = -1 / (1 - t),    g^2 = 2 t / (1 - t)
+
+    t lies in [0, 1]: 0 is clean, 1 is all noise. A default grid is uniform from t_start = 1 to the clean time itself;
+    t_end = 1e-3 is the last noisy time of other grids.
+
+    Args:
+        shift: > 0; moves the nodes of uniform grids towards the noise (SD3, 2403.03206, eq. 23) and leaves alpha and
+            sigma alone. 1 is no shift.
+
+    Raises: ValueError for a shift that is not finite and above 0.
+
+    Example:
+        schedule = pydiff.RectifiedFlow(shift=3.0)
+        plan = pydiff.make_plan("euler", schedule, steps=28, prediction="flow_prediction")
+        assert plan.times[0] == 1.0 and plan.times[-1] == 0.0
     """
 
     t_start, t_end = 1.0, 1e-3
@@ -272,11 +374,11 @@ class RectifiedFlow(NoiseSchedule):
         self.shift = number_argument("RectifiedFlow", "shift", shift)
 
     def shift_time(self, u: Value) -> Value:
-        """s u / (1 + (s - 1) u): where a uniform node u in [0, 1] lies once shifted towards the noise."""
+        """shift * u / (1 + (shift - 1) * u): where a uniform node u in [0, 1] lies once shifted towards the noise."""
         return self.shift * u / (self.shift * u + (1.0 - u))  # this form is exactly 1 at u = 1
 
     def unshift_time(self, t: Value) -> Value:
-        """The inverse of `shift_time`."""
+        """The inverse of `shift_time`: the uniform node that is shifted to time t."""
         return t / (t + self.shift * (1.0 - t))
 
     def _alpha(self, t: Array) -> Array:

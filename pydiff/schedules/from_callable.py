@@ -1,4 +1,4 @@
-"""A noise schedule from any decreasing log-SNR, with a numerical inverse and derivative."""
+"""A noise schedule from any decreasing log-SNR, half or full, with a numerical inverse and derivative."""
 
 from __future__ import annotations
 
@@ -28,12 +28,17 @@ SCALES = {"half": 1.0, "full": 2.0}
 class FromLogSNR(NoiseSchedule):
     """A schedule from any strictly decreasing log-SNR, for instance a learned one.
 
+    t is the argument of fn, in [clean_time, t_start]. A default grid runs evenly in log(alpha / sigma) from t_start to
+    t_end, and ends there. With lambda = log(alpha / sigma), half of the papers' log-SNR:
+
+        variance preserving:    alpha^2 = sigmoid(2 lambda),    sigma^2 = sigmoid(-2 lambda)
+        otherwise:              alpha = 1,                      sigma = exp(-lambda)
+
     Args:
         fn: the log-SNR at time t, on the scale that `scale` names. It takes a float64 array, or failing that one
             float at a time, and is called only for times in (clean_time, t_start].
-        t_start, t_end: noisiest time, and last noisy time; t_end < t_start.
-        variance_preserving: alpha^2 = sigmoid(2 lambda), sigma^2 = sigmoid(-2 lambda); otherwise alpha = 1 and
-            sigma = exp(-lambda).
+        t_start, t_end: noisiest time, and last noisy time; clean_time < t_end < t_start.
+        variance_preserving: which of the two pairs above.
         clean_time: where sigma is 0 by definition, whatever fn tends to.
         scale: "half": fn is lambda = log(alpha / sigma), the half-log-SNR of DPM-Solver (2206.00927), which `log_snr`
             answers with. "full": fn is log(alpha^2 / sigma^2) = 2 lambda, the log-SNR of VDM (2107.00630, eq. 4),
@@ -41,10 +46,12 @@ class FromLogSNR(NoiseSchedule):
 
     The inverse bisects to the last bit; the derivative is an 8th-order difference, about 1e-10 relative for smooth fn.
 
-    Raises: ValueError if fn is not finite and strictly decreasing on [t_end, t_start], or for an unknown scale.
+    Raises: ValueError if fn is not finite and strictly decreasing on [t_end, t_start], for times out of order, and for
+        an unknown scale.
 
     Example:
         schedule = pydiff.FromLogSNR(lambda t: 13.3 - 18.3 * t, scale="full")  # VDM's linear gamma
+        assert abs(schedule.log_snr(0.5) - 0.5 * (13.3 - 18.3 * 0.5)) < 1e-12  # half of it
     """
 
     final_sigmas_type = "sigma_min"
@@ -146,6 +153,7 @@ class FromLogSNR(NoiseSchedule):
         return f"FromLogSNR({name}, t_start={self.t_start!r}, t_end={self.t_end!r}, scale={self.scale!r})"
 
     def to_dict(self) -> dict[str, Any]:
+        """Raises ValueError: a function cannot be saved. Plans compiled with this schedule can."""
         raise ValueError(
             "FromLogSNR.to_dict: a Python callable cannot be saved; tabulate it, for instance "
             "DiscreteBetas(1 - alpha[1:]**2 / alpha[:-1]**2), or keep the plan in memory"

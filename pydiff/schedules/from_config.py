@@ -74,13 +74,25 @@ _EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 
 
 def from_diffusers_config(config: Config | Any, *, mu: float | None = None, strict: bool = False) -> Parsed:
-    """(schedule, prediction, arguments of `make_times`) for a diffusers scheduler config.
+    """What a diffusers scheduler config says of a model: its noise schedule, its prediction and its time grid.
 
-    config: as saved in scheduler_config.json, or the scheduler itself, e.g. pipe.scheduler.
-    mu: the resolution-dependent shift of `use_dynamic_shifting` configs, as diffusers' set_timesteps has it.
-    strict: shift flow-matching times once; by default the last time is shifted twice as diffusers does, which
-    is what its models are tuned to. Times are exact floats where diffusers rounds those of sigma grids to
-    integers. Raises ValueError for unknown classes and for settings without an equivalent, naming them.
+    Args:
+        config: as saved in scheduler_config.json, or the scheduler itself, e.g. pipe.scheduler.
+        mu: the resolution-dependent shift of `use_dynamic_shifting` configs, as diffusers' set_timesteps has it.
+        strict: shift flow-matching times once; by default the last time is shifted twice as diffusers does, which is
+            what its models are tuned to.
+
+    Returns: (schedule, prediction, arguments of `make_times`). Times are exact floats where diffusers rounds those of
+        sigma grids to integers. Solver orders, clipping and thresholding are not read.
+
+    Raises: TypeError for what is neither a config nor a scheduler; ValueError for unknown classes and for settings
+        without an equivalent, naming them.
+
+    Example:
+        config = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085}
+        schedule, prediction, grid = pydiff.from_diffusers_config(config)
+        times = pydiff.make_times(schedule, 20, **grid)
+        plan = pydiff.make_plan("euler", schedule, times=times, prediction=prediction)
     """
     if not isinstance(config, Mapping):
         if not isinstance(getattr(config, "config", None), Mapping):

@@ -22,11 +22,14 @@ GridFunction = Callable[..., Array]
 
 @dataclass(frozen=True)
 class Grid:
-    """A registered grid function and the names of its keyword options."""
+    """A registered grid function."""
 
-    nodes: GridFunction  # nodes(schedule, n, t_start, t_end, **options) -> n times
+    nodes: GridFunction
+    """nodes(schedule, n, t_start, t_end, **options) -> n times."""
     options: frozenset[str]
-    index_only: bool  # spacing of integer indices, defined for DiscreteBetas
+    """The names of its keyword options."""
+    index_only: bool
+    """Whether it spaces integer indices, and is defined for `DiscreteBetas` alone."""
 
 
 _GRIDS: dict[str, Grid] = {}
@@ -45,19 +48,22 @@ def register_grid(name: str, index_only: bool = False) -> Callable[[GridFunction
 
 
 def list_grids() -> list[str]:
-    """The names `make_times` accepts."""
+    """The names of the time grids that `make_times` and `make_plan` accept; `pydiff grids` says what each is."""
     return list(_GRIDS)
 
 
 def lookup_grid(name: str) -> Grid:
-    """The registered grid; ValueError with a suggestion for an unknown name."""
+    """The grid registered under a name.
+
+    Raises: ValueError for an unknown name, with a suggestion.
+    """
     if name in _GRIDS:
         return _GRIDS[name]
     raise ValueError(f"grid = {name!r} is unknown; known are {', '.join(_GRIDS)}{suggestion(name, _GRIDS)}")
 
 
 def check_indices(schedule: NoiseSchedule, name: str, n: int) -> None:
-    """ValueError unless an index grid of that name can place n nodes on this schedule."""
+    """Raise ValueError unless an index grid of that name can place n nodes on this schedule."""
     if not isinstance(schedule, DiscreteBetas):
         raise ValueError(
             f"grid {name!r} spaces indices and needs a DiscreteBetas schedule, not {schedule!r}; "
@@ -161,9 +167,7 @@ def _beta(
     span: str | None = None,
     steps_offset: int = 0,
 ) -> Array:
-    """Quantiles of Beta(alpha, beta) between the ends (2407.12173), on t; on="ratio" is diffusers'
-    variant.
-    """
+    """Quantiles of Beta(alpha, beta) between the ends (2407.12173), on t; on="ratio" is diffusers' variant."""
     try:
         from scipy.special import betaincinv  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
@@ -209,9 +213,7 @@ def _leading(
 
 @register_grid("trailing", index_only=True)
 def _trailing(schedule: NoiseSchedule, n: int, t_start: float, t_end: float) -> Array:
-    """From t_start down by N/n, rounded: starts at the noisiest index and ends one full stride above
-    clean.
-    """
+    """From t_start down by N/n, rounded: starts at the noisiest index and ends one full stride above clean."""
     # arange may run one element too far by rounding (steps that do not divide N), hence the cut.
     count = t_start + 1.0
     return np.array(np.round(np.arange(count, 0.0, -count / n))[:n] - 1.0)

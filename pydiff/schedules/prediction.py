@@ -26,12 +26,15 @@ Weights = tuple[Array, Array]
 
 
 class Prediction(ABC):
-    """One prediction type. `weights` turns (x, m) into x0 or eps; the rest says how the model is called.
+    """What a model predicts: with x = alpha x0 + sigma eps and the model's output m, how (x, m) give x0 or eps.
 
-    Two predictions are equal when their `to_dict` are.
+    Made by name with `get_prediction`, or as `EDMPrecond`. Its functions take floats and return floats, or take float64
+    arrays that broadcast; alpha and sigma are the signal and noise level of x, finite, >= 0 and not both 0. Two
+    predictions are equal when their `to_dict` are.
     """
 
     name: str
+    """What `get_prediction` knows it by."""
 
     @abstractmethod
     def _to_sample(self, alpha: Array, sigma: Array) -> Weights: ...
@@ -40,10 +43,14 @@ class Prediction(ABC):
     def _to_epsilon(self, alpha: Array, sigma: Array) -> Weights: ...
 
     def weights(self, target: str, alpha: Value, sigma: Value) -> tuple[Value, Value]:
-        """(w_x, w_m) with target = w_x x + w_m m, for target "sample" (x0) or "epsilon".
+        """The weights (w_x, w_m) of target = w_x x + w_m m.
 
-        alpha, sigma: finite, >= 0, not both 0. Raises ValueError for other values and for pairs from which
-        the target cannot be computed (x0 from eps at alpha = 0, eps from x0 at sigma = 0).
+        Args:
+            target: "sample" for the clean sample x0, or "epsilon" for the noise.
+            alpha, sigma: the levels of x.
+
+        Raises: ValueError for another target, for levels that are not finite, >= 0 and not both 0, and for those from
+            which the target cannot be computed (x0 from eps at alpha = 0, eps from x0 at sigma = 0).
         """
         if target not in ("sample", "epsilon"):
             raise ValueError(f"weights: target = {target!r} is not accepted; give 'sample' or 'epsilon'")
@@ -56,11 +63,21 @@ class Prediction(ABC):
         return _like(w_x), _like(w_m)
 
     def input_scale(self, alpha: Value, sigma: Value) -> Value:
-        """The factor on x before the model sees it: 1, except for EDM preconditioning."""
+        """The factor on x, at the levels alpha and sigma, before the model sees it: 1, except for EDM preconditioning.
+
+        Raises: ValueError for levels that are not finite, >= 0 and not both 0.
+        """
         return cast(Value, _like(np.ones_like(self._check(alpha, sigma)[0])))
 
     def model_time(self, t: Value, alpha: Value, sigma: Value) -> Value:
-        """The time handed to the model: the schedule's own t, except for EDM preconditioning."""
+        """The time that the model is told: the schedule's own t, except for EDM preconditioning.
+
+        Args:
+            t: the schedule's time.
+            alpha, sigma: the levels of x there.
+
+        Raises: ValueError for levels that are not finite, >= 0 and not both 0.
+        """
         self._check(alpha, sigma)
         return t
 
@@ -93,7 +110,10 @@ class Prediction(ABC):
 
     @staticmethod
     def from_dict(description: dict[str, Any]) -> Prediction:
-        """The prediction that `to_dict` described; ValueError for an unknown name."""
+        """The prediction that `to_dict` described; description: {"prediction": name, **constructor arguments}.
+
+        Raises: ValueError for an unknown name.
+        """
         arguments = dict(description)
         name = arguments.pop("prediction", None)
         return EDMPrecond(**arguments) if name == "edm" else get_prediction(name)
@@ -165,14 +185,29 @@ class _FlowPrediction(Prediction):
 
 
 class EDMPrecond(Prediction):
-    """The raw network F of EDM (2206.00364, table 1): x0 = c_skip x/alpha + c_out F(c_in x/alpha,
-    ln(sigma/alpha)/4).
+    """The raw network F of EDM (2206.00364, eq. 7 and table 1).
 
-    The table's coefficients are written with S^2 = sigma^2 + alpha^2 sigma_data^2 instead of divisions by
-    alpha, so that they hold for any schedule and stay regular where alpha or sigma is 0.
+        x0 = c_skip x / alpha + c_out F(c_in x / alpha, c_noise),    c_noise = log(sigma / alpha) / 4
 
-    sigma_data: standard deviation of the data, > 0. output_sign: 1, or -1 for networks that predict -F, which
-    is what diffusers' EDM classes call "v_prediction".
+    The model is called on c_in x / alpha with the time c_noise. The table's coefficients are written with
+    S^2 = sigma^2 + alpha^2 sigma_data^2 instead of divisions by alpha, so that they hold for any schedule and c_skip,
+    c_out and c_in stay regular where alpha or sigma is 0. A denoiser that preconditions itself, as EDM's pickles do,
+    predicts the "sample" instead.
+
+    Args:
+        sigma_data: standard deviation of the data, > 0.
+        output_sign: 1, or -1 for networks that predict -F, which is what diffusers' EDM classes call "v_prediction".
+
+    Raises: ValueError for a sigma_data that is not finite and above 0, and for another sign.
+
+    Example:
+        def network(x, c_noise):  # F of data that is 0: then c_out F = -c_skip x
+            sigma = torch.exp(4 * c_noise).reshape(-1, 1)
+            return -x * 0.5 / sigma
+
+        prediction = pydiff.EDMPrecond(sigma_data=0.5)
+        sampler = pydiff.Sampler(network, "heun", steps=6, schedule=pydiff.EDM(), prediction=prediction)
+        assert sampler((4, 2), seed=0).abs().max() < 1e-4
     """
 
     name = "edm"
@@ -196,11 +231,17 @@ class EDMPrecond(Prediction):
         return sigma / total**2, -self.output_sign * alpha * self.sigma_data / total
 
     def input_scale(self, alpha: Value, sigma: Value) -> Value:
-        """c_in / alpha, the factor on x itself: 1/S."""
+        """c_in / alpha, the factor on x itself: 1 / sqrt(sigma^2 + alpha^2 sigma_data^2).
+
+        Raises: ValueError for levels alpha and sigma that are not finite, >= 0 and not both 0.
+        """
         return cast(Value, _like(1.0 / self._total(*self._check(alpha, sigma))))
 
     def model_time(self, t: Value, alpha: Value, sigma: Value) -> Value:
-        """c_noise = ln(sigma / alpha) / 4; ValueError where alpha or sigma is 0."""
+        """c_noise = log(sigma / alpha) / 4, whatever t is.
+
+        Raises: ValueError where alpha or sigma is 0.
+        """
         a, s = self._check(alpha, sigma)
         bad = (a == 0.0) | (s == 0.0)
         if bad.any():
@@ -238,7 +279,21 @@ def list_predictions() -> list[str]:
 
 
 def get_prediction(prediction: str | Prediction) -> Prediction:
-    """The prediction of that name, or the object itself; ValueError with a suggestion for an unknown name."""
+    """What a model predicts, by its name.
+
+    Args:
+        prediction: a name below, or a `Prediction`, which is returned as it is. For x = alpha x0 + sigma eps the model
+            returns, by name,
+
+            "epsilon"            eps, the noise (DDPM, 2006.11239)
+            "sample"             x0, the clean sample, as the denoisers of k-diffusion and EDM do
+            "v_prediction"       alpha eps - sigma x0 (progressive distillation, 2202.00512)
+            "score"              -eps / sigma (2011.13456)
+            "flow_prediction"    eps - x0, the velocity from data to noise (rectified flow, 2209.03003)
+            "edm"                EDM's raw network with sigma_data = 0.5: see `EDMPrecond`
+
+    Raises: ValueError for an unknown name, with a suggestion.
+    """
     if isinstance(prediction, Prediction):
         return prediction
     if prediction in _BY_NAME:

@@ -1,5 +1,4 @@
-"""Where the stages of a sampler sit: strictly decreasing float64 times from the noisiest to where sampling
-ends.
+"""Where the stages of a sampler sit: strictly decreasing float64 times from the noisiest to where sampling ends.
 
 A grid with n steps has n + 1 times. It ends in one of two ways, as `final_sigmas_type` says:
 
@@ -37,13 +36,28 @@ def make_times(
     rho: float = 7.0,
     **options: Any,
 ) -> Array:
-    """Times of a sampler with that many steps: float64 [steps + 1], strictly decreasing.
+    """The time grid of a sampler, in the schedule's own time.
 
-    grid: a name of `list_grids`; like t_start, t_end and final_sigmas_type it defaults to the schedule's own.
-    rho: exponent of the karras grid. options: further arguments of one grid; see its function.
-    The uniform grid of a rectified flow reaches the clean time by itself: with "zero" and no explicit t_end
-    it is steps + 1 evenly spaced nodes. Raises ValueError for unknown names and options, steps < 1, times out
-    of range, and for grids whose nodes coincide (more steps than indices).
+    Args:
+        schedule: a noise schedule; it has defaults for all but steps and rho.
+        steps: intervals of the grid, at least 1.
+        grid: a name of `list_grids`.
+        t_start, t_end: the noisiest time, and the last noisy one.
+        final_sigmas_type: "zero": steps times from t_start to t_end, then the clean time. "sigma_min": steps + 1 times
+            from t_start to t_end, whose noise is left in the sample.
+        rho: exponent of the "karras" grid (2206.00364, eq. 5), > 0.
+        options: further arguments of one grid, see `pydiff grids`.
+
+    Returns: float64 [steps + 1], strictly decreasing. (The uniform grid of a rectified flow reaches the clean time by
+        itself: with "zero" and no t_end it is steps + 1 evenly spaced times.)
+
+    Raises: ValueError for unknown names and options, steps < 1, times out of range, and for grids whose nodes coincide
+        (more steps than indices).
+
+    Example:
+        times = pydiff.make_times(pydiff.EDM(), 10, "karras", rho=7.0)
+        assert len(times) == 11 and times[0] == 80.0 and times[-1] == 0.0
+        plan = pydiff.make_plan("heun", pydiff.EDM(), times=times)
     """
     name = schedule.default_grid if grid is None else grid
     entry = lookup_grid(name)
@@ -74,11 +88,14 @@ def check_times(
     *,
     sigmas: Sequence[float] | Array | None = None,
 ) -> Array:
-    """Times given by the user, as float64: at least two, finite, strictly decreasing, inside the schedule's
-    range.
+    """A time grid given by the user, checked: float64 [n + 1] times of the schedule.
 
-    sigmas: the alternative to times, noise-to-signal ratios sigma/alpha (a last 0 is the clean time). For VE
-    and EDM that is the time itself. ValueError names the index and the values that break a rule.
+    Args:
+        schedule: whose times they are.
+        times: at least two, finite, strictly decreasing, inside the schedule's range.
+        sigmas: in their place, noise ratios sigma / alpha, which VE and EDM have as times; a last 0 is the clean time.
+
+    Raises: ValueError naming the index and the values that break a rule.
     """
     if (times is None) == (sigmas is None):
         raise ValueError("check_times: give exactly one of times and sigmas")

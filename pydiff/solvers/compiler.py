@@ -40,25 +40,37 @@ def make_plan(
     grid_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> Plan:
-    """Compile a sampler.
+    """Compile a sampler: a solver on a time grid of a noise schedule, for a model of one prediction.
 
     Args:
-        solver: a registered name, see `pydiff.list_solvers()`.
-        schedule: noise schedule; VPLinear() by default.
-        steps: intervals of the time grid, at least 1. Not with `times` or `sigmas`.
-        grid: name of a time grid (`pydiff.list_grids()`); the schedule's own by default.
-        times: n + 1 strictly decreasing times of the schedule, in place of a grid.
-        sigmas: n + 1 strictly decreasing values of sigma / alpha, in place of times.
-        prediction: what the model returns: "epsilon", "sample", "v_prediction", "score", "flow_prediction" or a
-            `Prediction`.
-        guidance_scale: of classifier-free guidance: a number, one for each model call, or a function of the times.
+        solver: a registered name, see `pydiff.list_solvers`.
+        schedule: the noise schedule that the model was trained with; VPLinear() by default.
+        steps: intervals of the time grid, at least 1; a step takes one model call (a stage) or several. Left out where
+            `times` or `sigmas` are given.
+        grid: name of a time grid, see `pydiff.list_grids`; the schedule's own by default.
+        times: float [n + 1], strictly decreasing times of the schedule, in place of a grid.
+        sigmas: float [n + 1], strictly decreasing values of sigma / alpha, in place of times.
+        prediction: what the model returns: "epsilon", "sample", "v_prediction", "score", "flow_prediction", "edm" or a
+            `Prediction`; see `pydiff.get_prediction`.
+        guidance_scale: of classifier-free guidance, m = m_uncond + scale * (m_cond - m_uncond): a number, one for each
+            model call, or a function of the model's time. 1 is no guidance.
         clip: bounds of the estimated x0: (low, high), or c for (-c, c).
-        known: also compile what stands in a masked region (inpainting); runs that take a mask need it.
-        t_start, t_end, final_sigmas_type, grid_options: passed to the grid, see `pydiff.make_times`.
-        options: the solver's own, see `pydiff plan --help` or `get_solver(name).options`.
+        known: also compile what stands in a masked region (inpainting): the clean image that a run is given as `known`,
+            noised to the level of x. Runs that take a mask need it.
+        t_start, t_end, final_sigmas_type: the ends of the grid, see `pydiff.make_times`.
+        grid_options: further arguments of the grid, by name.
+        options: the solver's own, see `pydiff plan --help` or ``pydiff.get_solver(name).options``.
 
-    Returns: the plan, float64, validated.
-    Raises: ValueError or TypeError naming the argument, its value and what is accepted.
+    Returns: the plan, float64, validated. Its length is the number of model calls.
+
+    Raises: ValueError or TypeError naming the argument, its value and what is accepted; `PlanError`, a ValueError,
+        where the schedule is singular at a time, or the solver leaves no noise for `known`.
+
+    Example:
+        plan = pydiff.make_plan("dpmpp_2m", pydiff.VPLinear(), steps=10, grid="karras", guidance_scale=5.0)
+        print(plan)  # one line a model call
+        heun = pydiff.make_plan("heun", pydiff.EDM(), sigmas=[80.0, 10.0, 1.0, 0.0], prediction="sample")
+        assert len(heun) == 5  # two calls a step, one in the last
     """
     entry = get_solver(solver)
     schedule = _check_schedule(schedule)

@@ -35,6 +35,7 @@ def churn(b: PlanBuilder, s: Point, s_churn: float, s_tmin: float, s_tmax: float
 
 
 def check_churn(s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> None:
+    """Raise ValueError for options of churn that are out of range."""
     if not (s_churn >= 0 and s_noise >= 0 and 0 <= s_tmin <= s_tmax):
         raise ValueError(
             "churn needs s_churn >= 0, s_noise >= 0 and 0 <= s_tmin <= s_tmax, got "

@@ -60,9 +60,11 @@ class Transfer:
 
     @property
     def z(self) -> float:
+        """The argument of the phi functions: -h in x0, h in epsilon."""
         return -self.h if self.sample else self.h
 
     def phi(self, k: int) -> float:
+        """What multiplies h^k D_k, see the class."""
         if k == 0:
             return -self.scale * math.expm1(-self.h) if self.sample else self._epsilon_zero
         return self.scale * self.h * phi(k + 1, self.z)

@@ -13,6 +13,7 @@ FEW_STEPS = 15
 
 
 def check_order_options(solver_type: str, lower_order_final: bool | str) -> None:
+    """Raise ValueError for options that a solver of exponential integrators does not know."""
     if solver_type not in ("midpoint", "heun"):
         raise ValueError(f"solver_type must be 'midpoint' or 'heun', got {solver_type!r}")
     if lower_order_final not in (True, False, "auto"):

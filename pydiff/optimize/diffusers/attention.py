@@ -25,6 +25,8 @@ PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 
 
 class FusedAttention(Fused):
+    """Attention: one product for Q, K and V, and the attention backend measured fastest."""
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -76,6 +78,7 @@ class FusedAttention(Fused):
         return self.to_q(tokens), *self.keys_values(context)
 
     def keys_values(self: Any, context: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values [B, T, width] of a context [B, T, C], which hoisting computes before the loop."""
         together = packed(self, [self.to_k, self.to_v])
         if together is not None:
             return F.linear(context, *together).chunk(2, dim=-1)
@@ -105,13 +108,18 @@ def refuse_attention(attn: Any) -> str | None:
 
 
 class FusedGEGLU(Fused):
+    """GEGLU in the epilogue of its product."""
+
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """hidden_states [..., in] -> [..., out]."""
         if args or kwargs or not is_plain(self.proj, nn.Linear) or not ready(self, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
         return linear_geglu(hidden_states, self.proj.weight, self.proj.bias)
 
 
 class FusedBasicTransformerBlock(Fused):
+    """BasicTransformerBlock: each residual addition is made by the LayerNorm that reads it."""
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -123,6 +131,7 @@ class FusedBasicTransformerBlock(Fused):
         class_labels: Any = None,
         added_cond_kwargs: Any = None,
     ) -> Tensor:
+        """Tokens hidden_states [B, L, C]; the rest as `ada_norm_zero_forward` has it."""
         if cross_attention_kwargs or not ready(self, hidden_states) or refuse_transformer_block(self):
             return super().forward(
                 hidden_states,
@@ -169,6 +178,7 @@ def _last_product(ff: Any) -> Any:
 
 
 def refuse_transformer_block(block: Any) -> str | None:
+    """Why a BasicTransformerBlock is left as it is, or None."""
     if block.norm_type != "layer_norm" and block.norm_type not in ADAPTIVE:
         return f"its norm_type is {block.norm_type!r}, not one of 'layer_norm', {str([*ADAPTIVE])[1:-1]}"
     if block.pos_embed is not None or block._chunk_size is not None or hasattr(block, "fuser"):
@@ -187,6 +197,7 @@ class FusedTransformer2DModel(Fused):
         return_dict: bool = True,
         **kwargs: Any,
     ) -> Any:
+        """hidden_states [B, C, H, W], the text encoder_hidden_states [B, T, E], which may be hoisted."""
         simple = not any(value is not None for value in (*args, *kwargs.values()))
         if not simple or not ready(self, hidden_states) or not self._plain():
             return super().forward(hidden_states, encoder_hidden_states, *args, return_dict=return_dict, **kwargs)

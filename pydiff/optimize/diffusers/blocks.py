@@ -30,6 +30,8 @@ from pydiff.optimize.swap import Fused, Rule, ready
 
 
 class FusedResnetBlock2D(Fused):
+    """ResnetBlock2D: GroupNorm and SiLU in one operation, bias and time in the second, one residual operation."""
+
     def forward(
         self: Any,
         input_tensor: Tensor,
@@ -104,6 +106,7 @@ class FusedUpBlock(Fused):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
+        """hidden_states [B, C, H, W]; the skip connections in the order of the way down, the last one first used."""
         if args or not ready(self, hidden_states) or _freeu(self):
             return super().forward(hidden_states, res_hidden_states_tuple, temb, *args, **kwargs)
         size = kwargs.pop("upsample_size", None)
@@ -145,6 +148,7 @@ class FusedUpsample2D(Fused):
     """Nearest upsampling and its 3x3 convolution as one operation."""
 
     def forward(self: Any, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """hidden_states [B, C, H, W] -> [B, out, 2H, 2W]."""
         conv = self.conv if self.name == "conv" else self.Conv2d_0
         doubled = output_size is None or tuple(output_size) == tuple(2 * n for n in hidden_states.shape[-2:])
         if args or kwargs or not doubled or not ready(self, hidden_states) or not is_plain_3x3(conv):

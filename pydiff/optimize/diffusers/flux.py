@@ -36,6 +36,8 @@ CONDITION = ("encoder_hidden_states", "pooled_projections", "img_ids", "txt_ids"
 
 
 class FusedFluxAttention(Fused):
+    """FluxAttention: one product for Q, K and V of each stream; RMSNorm and rotation in one operation."""
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -98,6 +100,8 @@ def _backend_is_chosen() -> bool:
 
 
 class FusedFluxTransformerBlock(Fused):
+    """FluxTransformerBlock: gates and residuals inside LayerNorm."""
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -125,6 +129,8 @@ def _clipped(x: Tensor) -> Tensor:
 
 
 class FusedFluxSingleTransformerBlock(Fused):
+    """FluxSingleTransformerBlock: attention and feed-forward joined without concatenation."""
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -133,6 +139,7 @@ class FusedFluxSingleTransformerBlock(Fused):
         image_rotary_emb: Rotary = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """Image tokens [B, L, C], text tokens [B, T, C]; temb [B, E] or every norm's hoisted modulation."""
         if joint_attention_kwargs or not ready(self, hidden_states):
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         joined = self.joined(torch.cat([encoder_hidden_states, hidden_states], dim=1), temb, image_rotary_emb)
@@ -160,6 +167,8 @@ def _joint_linear(layer: nn.Module, a: Tensor, b: Tensor) -> Tensor:
 
 
 class FusedFluxTransformer2DModel(Hoistable):
+    """Flux: the single-stream blocks on one tensor; modulations, text embedding and rotary tables can be hoisted."""
+
     hoisted_arguments = (*CONDITION, "guidance")
 
     def forward(
@@ -175,6 +184,7 @@ class FusedFluxTransformer2DModel(Hoistable):
         return_dict: bool = True,
         **kwargs: Any,
     ) -> Any:
+        """hidden_states [B, L, C] packed latents, encoder_hidden_states [B, T, E] text, timestep [B] in [0, 1]."""
         simple = not args and not any(map(given, kwargs.values())) and not _three_dimensional(img_ids, txt_ids)
         if not simple or not ready(self, hidden_states):
             if not args:

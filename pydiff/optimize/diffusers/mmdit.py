@@ -84,6 +84,8 @@ def refuse_joint_attention(attn: Any) -> str | None:
 
 
 class FusedJointTransformerBlock(Fused):
+    """JointTransformerBlock: gates and residuals inside LayerNorm, its attention joint."""
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -114,6 +116,7 @@ class FusedJointTransformerBlock(Fused):
 
 
 def refuse_joint_block(block: Any) -> str | None:
+    """Why a JointTransformerBlock is left as it is, or None; asked at every call."""
     return None if block._chunk_size is None else "its feed-forward is chunked"
 
 

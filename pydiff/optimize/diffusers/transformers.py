@@ -71,6 +71,8 @@ class _FusedAdaptiveNorm(Fused):
 
 
 class FusedAdaLayerNormZero(_FusedAdaptiveNorm):
+    """AdaLayerNormZero, whose projection gives shift, scale and four for others."""
+
     parts = 6
 
     def forward(
@@ -81,6 +83,10 @@ class FusedAdaLayerNormZero(_FusedAdaptiveNorm):
         hidden_dtype: torch.dtype | None = None,
         emb: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
+        """Tokens x [B, L, C]; timestep and class_labels [B], or their embedding emb [B, E], may be hoisted.
+
+        Returns the normed tokens and four modulations [B, C]: gate, and shift, scale and gate of the feed-forward.
+        """
         columns = self._modulation(emb if self.emb is None else timestep)
         if columns is None:
             if not ready(self, x):
@@ -92,9 +98,12 @@ class FusedAdaLayerNormZero(_FusedAdaptiveNorm):
 
 
 class FusedAdaLayerNormZeroSingle(_FusedAdaptiveNorm):
+    """AdaLayerNormZeroSingle, whose projection gives shift, scale and a gate."""
+
     parts = 3
 
     def forward(self: Any, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens x [B, L, C], emb [B, E] or hoisted; the normed tokens and the gate [B, C]."""
         columns = self._modulation(emb)
         if columns is None:
             if not ready(self, x):
@@ -105,9 +114,16 @@ class FusedAdaLayerNormZeroSingle(_FusedAdaptiveNorm):
 
 
 class FusedSD35AdaLayerNormZeroX(_FusedAdaptiveNorm):
+    """SD35AdaLayerNormZeroX: one norm modulated twice, for the two attentions of a block."""
+
     parts = 9
 
     def forward(self: Any, hidden_states: Tensor, emb: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Tokens hidden_states [B, L, C], emb [B, E] or hoisted.
+
+        Returns the normed tokens, gate, shift, scale and gate of the feed-forward, the tokens for the second attention,
+        its gate.
+        """
         columns = self._modulation(emb)
         if columns is None:
             if not ready(self, hidden_states):
@@ -123,9 +139,12 @@ class FusedSD35AdaLayerNormZeroX(_FusedAdaptiveNorm):
 
 
 class FusedAdaLayerNormContinuous(_FusedAdaptiveNorm):
+    """AdaLayerNormContinuous, the last norm: scale and shift alone."""
+
     parts = 2
 
     def forward(self: Any, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+        """Tokens x [B, L, C], conditioning_embedding [B, E] or hoisted."""
         columns = self._modulation(conditioning_embedding)
         if columns is None:
             if not ready(self, x):
@@ -186,7 +205,10 @@ def linear_gelu(proj: nn.Module, x: Tensor) -> Tensor:
 
 
 class FusedGELU(Fused):
+    """A linear layer and tanh-GELU, which sits in the epilogue of the product."""
+
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., in] -> [..., out]."""
         if not ready(self, hidden_states) or self.approximate != "tanh":
             return super().forward(hidden_states)
         return linear_gelu(self.proj, hidden_states)
@@ -200,7 +222,9 @@ class HeadNorm(NamedTuple):
     """RMSNorm of the heads as `qk_norm_rotary` takes it."""
 
     weight: Tensor
+    """[D], one for each channel of a head."""
     eps: float
+    """What is added to the mean square."""
 
 
 RMS_NORMS = ("torch.nn.modules.normalization.RMSNorm", "diffusers.models.normalization.RMSNorm")

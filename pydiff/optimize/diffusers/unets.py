@@ -43,6 +43,7 @@ def context_readers(model: nn.Module) -> list[Any]:
 
 
 def unfused_context_reader(model: nn.Module) -> str:
+    """Cross-attention that would read the hoisted text without knowing its columns, or ""."""
     for attention in context_readers(model):
         if not isinstance(attention, FusedAttention) or "_pydiff_context" not in vars(attention):
             return "cross-attention that was not optimised"
@@ -112,6 +113,8 @@ def _for_block(block: Any, context: dict[str, Any]) -> dict[str, Any]:
 
 
 class FusedUNet2DConditionModel(_FusedUNet):
+    """UNet2DConditionModel: the last norm with SiLU; time projections and the text's keys and values can be hoisted."""
+
     hoisted_arguments = ("encoder_hidden_states", "class_labels", "timestep_cond", "added_cond_kwargs")
 
     def forward(
@@ -123,6 +126,7 @@ class FusedUNet2DConditionModel(_FusedUNet):
         return_dict: bool = True,
         **kwargs: Any,
     ) -> Any:
+        """sample [B, C, H, W], timestep a number or [B], encoder_hidden_states [B, T, E]."""
         simple = {k: kwargs.get(k) for k in SIMPLE}
         others = (*args, *(v for k, v in kwargs.items() if k not in SIMPLE))
         if any(v is not None for v in others) or not self._simple() or not ready(self, sample):
@@ -191,9 +195,12 @@ def _prepare_condition_model(model: Any) -> None:
 
 
 class FusedUNet2DModel(_FusedUNet):
+    """UNet2DModel: the last norm with SiLU; time projections can be hoisted."""
+
     hoisted_arguments = ("class_labels",)
 
     def forward(self: Any, sample: Tensor, timestep: Any, class_labels: Any = None, return_dict: bool = True) -> Any:
+        """sample [B, C, H, W], timestep a number or [B], class_labels [B]."""
         if not self._simple() or not ready(self, sample):
             return super().forward(sample, timestep, class_labels, return_dict)
         if not isinstance(timestep, Tensor):
