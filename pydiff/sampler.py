@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from pydiff.run.conditions import check_condition
 from pydiff.run.loop import run_with
 from pydiff.run.model import Model, check_model, check_schedule_is_known, first_parameter, warn_if_training
 from pydiff.run.noise_source import from_generator
-from pydiff.run.options import RENAMED, RunOptions, Seed, takes
+from pydiff.run.options import RENAMED, CallOptions, RunOptions, Seed, takes
 from pydiff.schedules.base import NoiseSchedule
 from pydiff.schedules.closed_form import VPLinear
 from pydiff.schedules.prediction import Prediction
@@ -33,21 +32,6 @@ from pydiff.solvers.compiler import GuidanceScale, make_plan
 
 DEFAULT_STEPS = 20
 GUIDED_PLANS = 16  # plans with another guidance scale that a sampler remembers
-
-
-@dataclass(frozen=True, eq=False)
-class CallOptions(RunOptions):
-    """The keyword arguments of a `Sampler`'s call."""
-
-    x0: torch.Tensor | None = None
-    """[B, *sample] or broadcastable: start from this clean sample, noised to the plan's first time (compile with
-    t_start=)."""
-    guidance_scale: GuidanceScale | None = None
-    """In place of the compiled one: a number, one for each model call, or a function of the model's time."""
-    plan: Plan | Sequence[Plan] | None = None
-    """In place of the compiled one (see `Sampler.make_plan`), or one for each row."""
-    device: torch.device | str | None = None
-    """Where to sample, for a shape; the model's device by default."""
 
 
 class Beginning(NamedTuple):

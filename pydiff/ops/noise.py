@@ -53,6 +53,7 @@ def philox_reference(counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor
 
 
 def box_muller_reference(r0: torch.Tensor, r1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two normals (cosine, sine), float32, from two random words (int64 tensors holding uint32)."""
     u = r0.to(torch.float32) * 2.0**-32 + 2.0**-33
     radius = (-2.0 * u.double().log()).sqrt()
     quadrant = ((r1 + 2**29) >> 30) & 3

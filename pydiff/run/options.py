@@ -11,9 +11,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from pydiff.plans.plan import Plan
 from pydiff.run.noise_source import Noise
 from pydiff.run.warning import warn
 from pydiff.schedules.suggestion import unknown_argument
+from pydiff.solvers.compiler import GuidanceScale
 
 Seed = int | Sequence[int] | torch.Tensor
 R = TypeVar("R")
@@ -108,6 +110,21 @@ class RunOptions(StateOptions):
     hoist: bool = True
     """Compute before the loop what depends on the times and the condition alone, where `pydiff.optimize` has made that
     possible for the model. The same samples, up to the rounding of matrix products."""
+
+
+@dataclass(frozen=True, eq=False)
+class CallOptions(RunOptions):
+    """The keyword arguments of a `Sampler`'s call."""
+
+    x0: torch.Tensor | None = None
+    """[B, *sample] or broadcastable: start from this clean sample, noised to the plan's first time (compile with
+    t_start=)."""
+    guidance_scale: GuidanceScale | None = None
+    """In place of the compiled one: a number, one for each model call, or a function of the model's time."""
+    plan: Plan | Sequence[Plan] | None = None
+    """In place of the compiled one (see `Sampler.make_plan`), or one for each row."""
+    device: torch.device | str | None = None
+    """Where to sample, for a shape; the model's device by default."""
 
 
 RENAMED = {"callback_steps": "callback_stages"}
