@@ -136,6 +136,15 @@ def test_what_nobody_reads_is_not_kept() -> None:
     assert plan.num_slots == 0 and (plan.indices[:, table.WRITE_A : table.WRITE_B + 1] == -1).all()
 
 
+def test_a_draw_is_no_history() -> None:
+    """The first draw comes after two pushes that nobody reads: no slot is kept for it."""
+    b = builder(3)
+    for point in b.points[:2]:
+        b.write(x=b.call(point), push=b.x)
+    b.write(x=b.call(b.points[2]) + b.noise())
+    assert b.build("noisy").num_slots == 0
+
+
 def test_stages_share_a_draw() -> None:
     b = builder(3)
     shared = b.noise()

@@ -38,6 +38,25 @@ def changed(plan: Plan, name: str, at, value) -> Plan:
     return replace(plan, **{name: array})
 
 
+def test_columns_are_where_the_names_say() -> None:
+    columns = ("X", "SLOT", "D", "M", "CONSTANT", "EXTRA", "Z0", "Z1")
+    names = ("x", "s0", "d", "m", "constant", "extra", "z0", "z1")
+    assert [getattr(table, column) for column in columns] == [table.OPERANDS.index(name) for name in names]
+    assert table.NUM_OPERANDS == len(table.OPERANDS) and table.D - table.SLOT == table.NUM_SLOTS
+    ends = [table.WEIGHTS + 3 * table.NUM_OPERANDS, table.OUTPUT + 2, table.GUIDANCE + 1, table.CLIP + 2]
+    assert ends == [table.OUTPUT, table.GUIDANCE, table.CLIP, table.KNOWN]
+    ends = [table.KNOWN + 3, table.INPUT_SCALE + 1, table.TIME + 1]
+    assert ends == [table.INPUT_SCALE, table.TIME, table.SECOND_TIME] and table.SECOND_TIME < table.COEFFICIENT_COLUMNS
+    assert (table.WRITE_A, table.WRITE_B, table.DRAW0, table.DRAW1, table.INDEX_COLUMNS) == (0, 1, 2, 3, 4)
+
+
+def test_what_a_plan_by_hand_need_not_say() -> None:
+    plan = compiled()
+    names = ("solver", "coefficients", "indices", "times", "alpha", "sigma", "targets", "slot_names")
+    by_hand = Plan(**{name: getattr(plan, name) for name in names})
+    assert (by_hand.start_scale, by_hand.start_noise, by_hand.init_std, by_hand.config) == (1.0, 0.0, 1.0, {})
+
+
 WEIGHT_OF_H0 = (0, table.SLOT)  # stage 0 reads slot 0
 INVALID = {
     "not finite": (lambda p: changed(p, "coefficients", (2, table.X), math.nan), "stage 2 .* not finite"),

@@ -217,6 +217,7 @@ def test_callables_cannot_be_saved_and_bad_descriptions_are_named() -> None:
         (lambda: named_betas("cosine"), "'cosine' is unknown; known are linear"),
         (lambda: named_betas("linear", 1), "num_train_timesteps = 1"),
         (lambda: FromLogSNR(lambda t: t), "strictly decreasing"),
+        (lambda: FromLogSNR(lambda t: np.minimum(-t, -0.5)), "strictly decreasing"),
         (lambda: FromLogSNR(math.cos, t_start=0.1, t_end=0.2), "t_start = 0.1"),
     ],
 )
