@@ -8,22 +8,22 @@ stand-in for every result that depends on values (see `pydiff.check.fake_cuda_fu
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pydiff.check.copied import Copies, rebuilt
 from pydiff.check.fake_cuda_functions import ANYWHERE, CUDA, ON_CUDA, plausible, shape_depends_on_values
-from pydiff.check.references import closure_values, global_values
+from pydiff.check.references import tensors
 
 T = TypeVar("T")
 _one_thread = threading.RLock()  # torch's fake mode keeps what it is doing in itself
@@ -38,7 +38,7 @@ def fake_cuda(value: T) -> T:
     object that cannot be copied.
     """
     with _one_thread, _Faking():
-        return _copied(value, {})
+        return Copies().of(value)
 
 
 @contextlib.contextmanager
@@ -51,32 +51,6 @@ def fake_mode() -> Iterator[None]:
 def is_fake(value: Any) -> bool:
     """Whether a fake tensor is in `value`: in arguments, modules, functions or objects."""
     return any(isinstance(t, FakeTensor) for t in tensors(value))
-
-
-def tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Tensors in arguments, modules, bound methods, partial functions, closures, globals in use, and attributes."""
-    seen = set() if seen is None else seen
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif id(leaf) not in seen:
-            seen.add(id(leaf))
-            yield from tensors(_parts(leaf), seen)
-
-
-def _parts(leaf: Any) -> list[Any]:
-    """What an object refers to that may be, or hold, a tensor."""
-    if isinstance(leaf, functools.partial):
-        return [leaf.func, leaf.args, leaf.keywords]
-    if isinstance(leaf, MethodType):
-        return [leaf.__self__]
-    if isinstance(leaf, FunctionType):
-        return [*closure_values(leaf).values(), leaf.__defaults__, leaf.__kwdefaults__, *_globals(leaf).values()]
-    return list(vars(leaf).values()) if _has_attributes(leaf) else []
-
-
-def _has_attributes(leaf: Any) -> bool:
-    return hasattr(leaf, "__dict__") and not isinstance(leaf, (type, ModuleType, FunctionType))
 
 
 # ---------------------------------------------------------------------------- copies
@@ -101,90 +75,6 @@ class _Faking(TorchFunctionMode):
         if function in (Tensor.__deepcopy__, Tensor.clone):
             return _fake_tensor(args[0])
         return function(*args, **kwargs or {})
-
-
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    return pytree.tree_map(lambda leaf: _copied_leaf(leaf, memo), value)
-
-
-def _copied_leaf(leaf: Any, memo: dict[int, Any]) -> Any:
-    leaf = _as_written(leaf)
-    if id(leaf) in memo:
-        return memo[id(leaf)]
-    if isinstance(leaf, FunctionType):
-        return _copied_function(leaf, memo)
-    if isinstance(leaf, functools.partial):
-        return functools.partial(_copied(leaf.func, memo), *_copied(leaf.args, memo), **_copied(leaf.keywords, memo))
-    if isinstance(leaf, MethodType):
-        return MethodType(leaf.__func__, _copied(leaf.__self__, memo))
-    if not isinstance(leaf, Tensor) and not _has_attributes(leaf):
-        return leaf
-    try:
-        made = copy.deepcopy(leaf, memo)
-    except Exception as error:
-        raise TypeError(f"{type(leaf).__name__} cannot be copied: {error}") from error
-    _copy_functions_within(made, memo, set())
-    return made
-
-
-def _as_written(leaf: Any) -> Any:
-    """What torch.compile was given, for what it returned."""
-    if isinstance(leaf, FunctionType):
-        return getattr(leaf, "_torchdynamo_orig_callable", leaf)
-    return getattr(leaf, "_orig_mod", leaf) if isinstance(leaf, nn.Module) else leaf
-
-
-def _copy_functions_within(holder: Any, memo: dict[int, Any], seen: set[int]) -> None:
-    """Exchange the functions among the attributes of a copied object: a deep copy keeps functions as they are."""
-    if id(holder) in seen or isinstance(holder, Tensor) or not _has_attributes(holder):
-        return
-    seen.add(id(holder))
-    for name, value in list(vars(holder).items()):
-        if isinstance(value, FunctionType):
-            vars(holder)[name] = _copied_function(value, memo)
-        else:
-            for leaf in pytree.tree_leaves(value):
-                _copy_functions_within(leaf, memo, seen)
-
-
-def _copied_function(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
-    """The function with cells, defaults and globals of its own, as far as they hold tensors or change."""
-    if id(function) in memo:
-        return memo[id(function)]
-    cells = tuple(CellType() for _ in function.__closure__ or ())
-    names = memo.setdefault(id(function.__globals__), dict(function.__globals__))  # one for all functions of a file
-    made = FunctionType(function.__code__, names, function.__name__, None, cells)
-    made.__dict__.update(function.__dict__)
-    memo[id(function)] = made  # before what it refers to, which may be itself
-    contents = closure_values(function)
-    for name, cell in zip(function.__code__.co_freevars, cells):
-        if name in contents:
-            cell.cell_contents = _copied_reference(contents[name], memo)
-    made.__defaults__ = _copied_reference(function.__defaults__, memo)
-    made.__kwdefaults__ = _copied_reference(function.__kwdefaults__, memo)
-    names.update({name: _copied_reference(value, memo) for name, value in _globals(function).items()})
-    return made
-
-
-def _copied_reference(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of what a function refers to; what holds no tensor (a logger, a scheduler) need not allow it."""
-    if any(True for _ in tensors(value)):
-        return _copied(value, memo)
-    return pytree.tree_map(lambda leaf: leaf, value)  # containers of its own
-
-
-def _globals(function: FunctionType) -> dict[str, Any]:
-    """Globals that a function names and that may hold tensors: no modules, no classes, no functions of other files."""
-    there = function.__globals__
-    if str(there.get("__name__")).split(".")[0] == "torch":
-        return {}
-    found = {name: _as_written(value) for name, value in global_values(function).items()}
-    return {
-        name: value
-        for name, value in found.items()
-        if not isinstance(value, (type, ModuleType))
-        and not (isinstance(value, FunctionType) and value.__globals__ is not there)
-    }
 
 
 # ---------------------------------------------------------------------------- modes
@@ -225,9 +115,7 @@ def _unannounced(function: Any) -> FunctionType | None:
     if not checks:
         return None
     names = {**function.__globals__, **dict.fromkeys(checks, lambda *_: False)}
-    body = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-    body.__kwdefaults__ = function.__kwdefaults__
-    return body
+    return rebuilt(function, names, function.__closure__)
 
 
 class _SpeltOut(ReentrantMode):

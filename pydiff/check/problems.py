@@ -14,8 +14,6 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from pydiff.check import fake_cuda, fake_cuda_functions
-
 Kind = Literal[
     "host synchronisation",
     "data-dependent shape",
@@ -119,10 +117,8 @@ def _place(code: CodeType, line: int) -> Place:
     return Place(code.co_filename, line, getattr(code, "co_qualname", code.co_name))
 
 
-_FOLDERS = (os.path.dirname(torch.__file__) + os.sep, "<frozen ")
-_FILES = {str(module.__file__) for module in (contextlib, functools, fake_cuda, fake_cuda_functions)} | {
-    os.path.join(os.path.dirname(__file__), name) for name in ("problems.py", "watch.py", "capturable.py")
-}
+_FOLDERS = (*(os.path.dirname(file) + os.sep for file in (torch.__file__, __file__)), "<frozen ")
+_FILES = {contextlib.__file__, functools.__file__}
 
 
 @functools.cache
