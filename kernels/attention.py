@@ -271,7 +271,7 @@ def select(b: int, h: int, lq: int, lk: int, d: int, itemsize: int = 2, multipro
     wgmma = capability[0] in WGMMA
     if lk <= SHORT_KEYS and d <= 160:
         return _select_short(b, h, lq, d, multiprocessors) if wgmma or d <= 80 else Config(16, 0, 4, 2, repeat=1)
-    if d > (192 if wgmma else 160):
+    if d > (192 if wgmma else 160):  # without slices the accumulator spills
         return Config(64, 32, 4, 2, slices=2 if wgmma else 4)
     block_n = 64 if d <= (128 if wgmma else 80) else 32
     large = Config(128, block_n, 8, 3)

@@ -18,6 +18,9 @@ this shift is one of the values, M2 = sum d^2 - (sum d)^2 / n loses at most a fa
 a thread, and nothing to a large mean. All merging above that is of means and M2.
 
 An addend that is constant over a channel moves the channel's mean and nothing else, so it costs nothing per element.
+
+In the kernels n is a sample and c its channels, cpg of them in each group; NG is how many groups a tile may take part
+in, VEC how many elements may be moved at once. `group_norm_tiling` chooses the constants.
 """
 
 from __future__ import annotations

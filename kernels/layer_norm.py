@@ -30,12 +30,12 @@ class RowBlock(NamedTuple):
 def select(rows: int, channels: int, multiprocessors: int) -> RowBlock:
     """Rows of `channels` elements to give to one program, and how many warps work on them."""
     block = triton.next_power_of_2(channels)
-    group = max(1, (1024 if block <= 512 else 2048) // block)
-    while group > 1 and triton.cdiv(rows, group) < 8 * multiprocessors:
+    group = max(1, (1024 if block <= 512 else 2048) // block)  # rows: short ones together make so many elements
+    while group > 1 and triton.cdiv(rows, group) < 8 * multiprocessors:  # but many programs come first
         group //= 2
     if block <= 512:  # a warp sums its rows without the others
         return RowBlock(group, block, 1)
-    per_thread = 16 if triton.cdiv(rows, group) >= 4 * multiprocessors else 8
+    per_thread = 16 if triton.cdiv(rows, group) >= 4 * multiprocessors else 8  # elements: few programs get more warps
     return RowBlock(group, block, min(max(group * block // (32 * per_thread), 1), 16))
 
 

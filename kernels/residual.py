@@ -30,6 +30,7 @@ def select(rows: int, cols: int, multiprocessors: int) -> MatrixBlock:
     width = min(cols & -cols, 1024)
     if width < 32:
         width = min(triton.next_power_of_2(cols), 1024)
+    # 16 elements a thread, or 8 where that would leave fewer than 4 programs for each multiprocessor.
     elements = 2048 if rows * cols >= 2048 * 4 * multiprocessors else 1024
     height = min(max(elements // width, 1), triton.next_power_of_2(rows))
     return MatrixBlock(height, width, 4)

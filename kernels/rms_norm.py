@@ -32,7 +32,7 @@ class HeadBlock(NamedTuple):
 def select_heads(heads: int, head_dim: int) -> HeadBlock:
     """How many heads of one token a program takes, and how many warps work on them."""
     half = triton.next_power_of_2(triton.cdiv(head_dim, 2))
-    group = min(triton.next_power_of_2(heads), max(4096 // (2 * half), 1))
+    group = min(triton.next_power_of_2(heads), max(4096 // (2 * half), 1))  # 4096 elements at most, 16 a thread
     return HeadBlock(group, half, min(max(group * 2 * half // 512, 1), 8))
 
 

@@ -58,6 +58,7 @@ def is_fake(value: Any) -> bool:
 
 @functools.cache
 def fake_tensor_mode() -> FakeTensorMode:
+    """The one mode that all fake tensors share."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -104,6 +105,7 @@ class ReentrantMode(TorchFunctionMode):
             self._running.pop()
 
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What becomes of a call; each subclass says it."""
         raise NotImplementedError
 
 

@@ -35,11 +35,13 @@ def linear_geglu_launches() -> int:
 
 
 def geglu_reference(x: torch.Tensor) -> torch.Tensor:
+    """`geglu` as PyTorch's own chain; differentiable, any floating dtype."""
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
 
 def linear_geglu_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`linear_geglu` as PyTorch's own chain; differentiable, any floating dtype."""
     return geglu_reference(F.linear(x, weight, bias))
 
 
@@ -49,6 +51,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def geglu_kernel(x: torch.Tensor) -> torch.Tensor:
+    """`geglu` by the Triton kernel, in one launch."""
     from pydiff.kernels import geglu as kernels
 
     matrix, n = _rows(x), x.shape[-1] // 2
@@ -132,10 +135,12 @@ def _traced(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 def can_use_geglu(x: torch.Tensor) -> triton_ops.Usable:
+    """Whether `geglu_kernel` runs here, and if not, why."""
     return triton_ops.can_use("geglu", x)
 
 
 def can_use_linear_geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> triton_ops.Usable:
+    """Whether `linear_geglu_kernel` runs here, and if not, why."""
     usable = triton_ops.can_use("linear_geglu", x, weight, bias)
     if not usable[0]:
         return usable

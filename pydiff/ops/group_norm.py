@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pydiff.ops import triton_ops
 
 if TYPE_CHECKING:
     from pydiff.kernels.group_norm_tiling import Tiling
 
-Tensor = torch.Tensor
 Output = Tensor | tuple[Tensor, Tensor]
 
 
@@ -63,6 +63,19 @@ def _like(x: Tensor, channels: int, nhwc: bool) -> Tensor:
     return torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device)
 
 
+def _in_one_layout(
+    x: Tensor, x2: Tensor | None, residual: Tensor | None
+) -> tuple[bool, Tensor, Tensor | None, Tensor | None]:
+    """Whether channels lie innermost, and the inputs so: in the layout of x, contiguous if x has neither."""
+    nhwc = _channels_last(x)
+    if nhwc is None:
+        x, nhwc = x.contiguous(), x.ndim == 2
+    x2, residual = (
+        t if t is None or _channels_last(t) == nhwc else _like(t, t.shape[1], nhwc).copy_(t) for t in (x2, residual)
+    )
+    return nhwc, x, x2, residual
+
+
 def _tiling(x: Tensor, x2: Tensor | None, num_groups: int, nhwc: bool) -> Tiling:
     from pydiff.kernels import group_norm_tiling
 
@@ -88,12 +101,7 @@ def group_norm_kernel(
     """`group_norm` by the Triton kernels, whatever the device."""
     from pydiff.kernels import group_norm as kernels
 
-    nhwc = _channels_last(x)
-    if nhwc is None:
-        x, nhwc = x.contiguous(), x.ndim == 2
-    x2, residual = (
-        t if t is None or _channels_last(t) == nhwc else _like(t, t.shape[1], nhwc).copy_(t) for t in (x2, residual)
-    )
+    nhwc, x, x2, residual = _in_one_layout(x, x2, residual)
     rows = map(_rows, (weight, bias, add, scale, shift))
     (weight, _), (bias, _), (add, add_stride), (scale, scale_stride), (shift, shift_stride) = rows
     channels1, channels2 = x.shape[1], 0 if x2 is None else x2.shape[1]

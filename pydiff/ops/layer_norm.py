@@ -6,20 +6,21 @@ from typing import overload
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pydiff.ops import triton_ops
 
-Optional = torch.Tensor | None
-Normed = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+Normed = Tensor | tuple[Tensor, Tensor]
 
 MAX_CHANNELS = 16384  # of a row that one program of the kernel holds
 
 
 def layer_norm_launches() -> int:
+    """Kernels that one call launches."""
     return 1
 
 
-def _aligned(modulation: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _aligned(modulation: Tensor, x: Tensor) -> Tensor:
     """[B, C] seen as [B, 1, ..., C], so that it broadcasts over the tokens of x; any other shape as it is."""
     if modulation.dim() == 2 and x.dim() > 2:
         return modulation.reshape(modulation.shape[0], *[1] * (x.dim() - 2), modulation.shape[1])
@@ -27,8 +28,8 @@ def _aligned(modulation: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _check(
-    x: torch.Tensor, weight: Optional, bias: Optional, residual: Optional, gate: Optional, scale: Optional,
-    shift: Optional, total_bias: Optional,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, total_bias: Tensor | None,
 ) -> None:  # fmt: skip
     if x.dim() < 2:
         raise ValueError(f"layer_norm: x has shape {tuple(x.shape)}; give [B, ..., C]")
@@ -56,8 +57,9 @@ def _check(
 
 
 def layer_norm_reference(
-    x: torch.Tensor, weight: Optional = None, bias: Optional = None, eps: float = 1e-5, *, residual: Optional = None,
-    gate: Optional = None, scale: Optional = None, shift: Optional = None, total_bias: Optional = None,
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
+    residual: Tensor | None = None, gate: Tensor | None = None, scale: Tensor | None = None,
+    shift: Tensor | None = None, total_bias: Tensor | None = None,
 ) -> Normed:  # fmt: skip
     """`layer_norm` as PyTorch's own chain: multiply, add, `F.layer_norm`, multiply, add; differentiable."""
     total = x
@@ -80,7 +82,7 @@ def layer_norm_reference(
     return y if residual is None else (y, total.contiguous())
 
 
-def _rows(tensor: Optional, x: torch.Tensor) -> tuple[Optional, int, int]:
+def _rows(tensor: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, int]:
     """`tensor`, its channels side by side, and its strides over batch and tokens where x is [B, tokens, C]."""
     if tensor is None:
         return None, 0, 0
@@ -94,8 +96,9 @@ def _rows(tensor: Optional, x: torch.Tensor) -> tuple[Optional, int, int]:
 
 
 def layer_norm_kernel(
-    x: torch.Tensor, weight: Optional = None, bias: Optional = None, eps: float = 1e-5, *, residual: Optional = None,
-    gate: Optional = None, scale: Optional = None, shift: Optional = None, total_bias: Optional = None,
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
+    residual: Tensor | None = None, gate: Tensor | None = None, scale: Tensor | None = None,
+    shift: Tensor | None = None, total_bias: Tensor | None = None,
 ) -> Normed:  # fmt: skip
     """One launch of `pydiff.kernels.layer_norm`."""
     from pydiff.kernels import layer_norm as kernels
@@ -121,7 +124,7 @@ def layer_norm_kernel(
     return y if total is None else (y, total)
 
 
-def can_use_layer_norm(x: torch.Tensor, *others: Optional) -> triton_ops.Usable:
+def can_use_layer_norm(x: Tensor, *others: Tensor | None) -> triton_ops.Usable:
     """Whether the kernel takes these tensors, and if not, why."""
     if x.shape[-1] > MAX_CHANNELS:
         return False, f"{x.shape[-1]} channels are more than {MAX_CHANNELS}"
@@ -130,21 +133,23 @@ def can_use_layer_norm(x: torch.Tensor, *others: Optional) -> triton_ops.Usable:
 
 @overload
 def layer_norm(
-    x: torch.Tensor, weight: Optional = None, bias: Optional = None, eps: float = 1e-5, *, residual: None = None,
-    gate: None = None, scale: Optional = None, shift: Optional = None, total_bias: None = None,
-) -> torch.Tensor: ...  # fmt: skip
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, residual: None = None,
+    gate: None = None, scale: Tensor | None = None, shift: Tensor | None = None, total_bias: None = None,
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def layer_norm(
-    x: torch.Tensor, weight: Optional = None, bias: Optional = None, eps: float = 1e-5, *, residual: torch.Tensor,
-    gate: Optional = None, scale: Optional = None, shift: Optional = None, total_bias: Optional = None,
-) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor,
+    gate: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
+    total_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def layer_norm(
-    x: torch.Tensor, weight: Optional = None, bias: Optional = None, eps: float = 1e-5, *, residual: Optional = None,
-    gate: Optional = None, scale: Optional = None, shift: Optional = None, total_bias: Optional = None,
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
+    residual: Tensor | None = None, gate: Tensor | None = None, scale: Tensor | None = None,
+    shift: Tensor | None = None, total_bias: Tensor | None = None,
 ) -> Normed:  # fmt: skip
     """Normalise the channels of x, or of ``residual + gate * x``, and return ``norm * (1 + scale) + shift``.
 

@@ -56,8 +56,11 @@ class Choice(NamedTuple):
     """The candidate that won, what each took in microseconds, and why the others did not run."""
 
     name: str
+    """The winner."""
     microseconds: Mapping[str, float]
+    """What each candidate that ran took."""
     refused: Mapping[str, str]
+    """Why the others did not run, by name."""
 
 
 class Measured:

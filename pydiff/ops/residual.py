@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from pydiff.ops import triton_ops
 
-Optional = torch.Tensor | None
-
 
 def residual_add_launches() -> int:
+    """Kernels that one call launches."""
     return 1
 
 
-def _check(x: torch.Tensor, residual: Optional, bias: Optional, gate: Optional, channel_dim: int) -> None:
+def _check(x: Tensor, residual: Tensor | None, bias: Tensor | None, gate: Tensor | None, channel_dim: int) -> None:
     if x.dim() < 2 or channel_dim not in (1, -1):
         raise ValueError(
             f"residual_add: x has shape {tuple(x.shape)} and channel_dim is {channel_dim}; give [N, C, ...] with "
@@ -36,15 +36,15 @@ def _check(x: torch.Tensor, residual: Optional, bias: Optional, gate: Optional, 
             raise ValueError(f"residual_add: gate has shape {shape}; give [B, C]: ({x.shape[0]}, {channels})")
 
 
-def _per_row(gate: torch.Tensor, x: torch.Tensor, channel_dim: int) -> torch.Tensor:
+def _per_row(gate: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     """The gate as [B or 1, C]."""
     return gate.reshape(gate.shape[0], x.shape[channel_dim])
 
 
 def residual_add_reference(
-    x: torch.Tensor, residual: Optional = None, *, bias: Optional = None, gate: Optional = None, scale: float = 1.0,
-    channel_dim: int = 1,
-) -> torch.Tensor:  # fmt: skip
+    x: Tensor, residual: Tensor | None = None, *, bias: Tensor | None = None, gate: Tensor | None = None,
+    scale: float = 1.0, channel_dim: int = 1,
+) -> Tensor:  # fmt: skip
     """`residual_add` as PyTorch's own chain: add the bias, multiply, add the residual, scale; differentiable."""
     shape = [1] * x.dim()
     shape[channel_dim] = x.shape[channel_dim]
@@ -61,15 +61,15 @@ def residual_add_reference(
     return torch.empty_like(like).copy_(y) if y is x or y.stride() != like.stride() else y
 
 
-def _dense(x: torch.Tensor, channel_dim: int) -> torch.Tensor:
+def _dense(x: Tensor, channel_dim: int) -> Tensor:
     """x if it is contiguous with its channels either first or last, else a contiguous copy."""
     return x if x.is_contiguous() or x.movedim(channel_dim, -1).is_contiguous() else x.contiguous()
 
 
 def residual_add_kernel(
-    x: torch.Tensor, residual: Optional = None, *, bias: Optional = None, gate: Optional = None, scale: float = 1.0,
-    channel_dim: int = 1,
-) -> torch.Tensor:  # fmt: skip
+    x: Tensor, residual: Tensor | None = None, *, bias: Tensor | None = None, gate: Tensor | None = None,
+    scale: float = 1.0, channel_dim: int = 1,
+) -> Tensor:  # fmt: skip
     """One launch of `pydiff.kernels.residual`; a second to copy a residual whose layout is not that of x."""
     from pydiff.kernels import residual as kernels
 
@@ -95,15 +95,15 @@ def residual_add_kernel(
     return y
 
 
-def can_use_residual_add(x: torch.Tensor, *others: Optional) -> triton_ops.Usable:
+def can_use_residual_add(x: Tensor, *others: Tensor | None) -> triton_ops.Usable:
     """Whether the kernel takes these tensors, and if not, why."""
     return triton_ops.can_use("residual_add", x, *others)
 
 
 def residual_add(
-    x: torch.Tensor, residual: Optional = None, *, bias: Optional = None, gate: Optional = None, scale: float = 1.0,
-    channel_dim: int = 1,
-) -> torch.Tensor:  # fmt: skip
+    x: Tensor, residual: Tensor | None = None, *, bias: Tensor | None = None, gate: Tensor | None = None,
+    scale: float = 1.0, channel_dim: int = 1,
+) -> Tensor:  # fmt: skip
     """``(residual + gate * (x + bias)) * scale``, computed in float32 and rounded once.
 
     Close: within twice the error of PyTorch's separate operations in x's dtype. Elsewhere than on a CUDA device, and

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from pydiff.ops import triton_ops
 
-Optional = torch.Tensor | None
-Pair = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[Tensor, Tensor]
 
 MAX_CHANNELS = 16384  # of a row that one program of the kernel holds
 MAX_HEAD_DIM = 1024
 
 
 def rms_norm_launches() -> int:
+    """Kernels that one call launches."""
     return 1
 
 
 def qk_norm_rotary_launches() -> int:
+    """Kernels that one call launches: q and k share it."""
     return 1
 
 
-def rms_norm_reference(x: torch.Tensor, weight: Optional = None, eps: float = 1e-6) -> torch.Tensor:
+def rms_norm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """`rms_norm` as PyTorch's own chain, that of diffusers' RMSNorm; differentiable."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x * torch.rsqrt(x.to(wide).pow(2).mean(-1, keepdim=True) + eps)
@@ -30,7 +32,7 @@ def rms_norm_reference(x: torch.Tensor, weight: Optional = None, eps: float = 1e
     return y.to(x.dtype).contiguous()
 
 
-def rms_norm_kernel(x: torch.Tensor, weight: Optional = None, eps: float = 1e-6) -> torch.Tensor:
+def rms_norm_kernel(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """One launch of `pydiff.kernels.rms_norm`."""
     from pydiff.kernels import rms_norm as kernels
 
@@ -48,14 +50,14 @@ def rms_norm_kernel(x: torch.Tensor, weight: Optional = None, eps: float = 1e-6)
     return y
 
 
-def can_use_rms_norm(x: torch.Tensor, *others: Optional) -> triton_ops.Usable:
+def can_use_rms_norm(x: Tensor, *others: Tensor | None) -> triton_ops.Usable:
     """Whether the kernel takes these tensors, and if not, why."""
     if x.shape[-1] > MAX_CHANNELS:
         return False, f"{x.shape[-1]} channels are more than {MAX_CHANNELS}"
     return triton_ops.can_use("rms_norm", x, *others)
 
 
-def rms_norm(x: torch.Tensor, weight: Optional = None, eps: float = 1e-6) -> torch.Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """``x / sqrt(mean(x ** 2) + eps) * weight`` over the last dimension of x.
 
     Statistics are float32. Close: within twice the error of diffusers' RMSNorm in x's dtype. Elsewhere than on a CUDA
@@ -75,7 +77,7 @@ def rms_norm(x: torch.Tensor, weight: Optional = None, eps: float = 1e-6) -> tor
 
 
 def _check(
-    q: torch.Tensor, k: torch.Tensor, q_weight: Optional, k_weight: Optional, cos: Optional, sin: Optional
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None
 ) -> None:
     if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(
@@ -102,7 +104,7 @@ def _check(
             )
 
 
-def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     if interleaved:
         turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
@@ -113,8 +115,8 @@ def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: 
 
 
 def qk_norm_rotary_reference(
-    q: torch.Tensor, k: torch.Tensor, q_weight: Optional = None, k_weight: Optional = None, cos: Optional = None,
-    sin: Optional = None, *, eps: float = 1e-6, interleaved: bool = True,
+    q: Tensor, k: Tensor, q_weight: Tensor | None = None, k_weight: Tensor | None = None, cos: Tensor | None = None,
+    sin: Tensor | None = None, *, eps: float = 1e-6, interleaved: bool = True,
 ) -> Pair:  # fmt: skip
     """`qk_norm_rotary` as diffusers does it: RMSNorm, rounded, then apply_rotary_emb; differentiable."""
     results = []
@@ -125,8 +127,8 @@ def qk_norm_rotary_reference(
 
 
 def qk_norm_rotary_kernel(
-    q: torch.Tensor, k: torch.Tensor, q_weight: Optional = None, k_weight: Optional = None, cos: Optional = None,
-    sin: Optional = None, *, eps: float = 1e-6, interleaved: bool = True,
+    q: Tensor, k: Tensor, q_weight: Tensor | None = None, k_weight: Tensor | None = None, cos: Tensor | None = None,
+    sin: Tensor | None = None, *, eps: float = 1e-6, interleaved: bool = True,
 ) -> Pair:  # fmt: skip
     """One launch of `pydiff.kernels.rms_norm` for both tensors."""
     from pydiff.kernels import rms_norm as kernels
@@ -153,7 +155,7 @@ def qk_norm_rotary_kernel(
     return q_out, k_out
 
 
-def can_use_qk_norm_rotary(q: torch.Tensor, k: torch.Tensor, *others: Optional) -> triton_ops.Usable:
+def can_use_qk_norm_rotary(q: Tensor, k: Tensor, *others: Tensor | None) -> triton_ops.Usable:
     """Whether the kernel takes these tensors, and if not, why."""
     if q.shape[3] > MAX_HEAD_DIM:
         return False, f"heads of {q.shape[3]} elements are longer than {MAX_HEAD_DIM}"
@@ -163,8 +165,8 @@ def can_use_qk_norm_rotary(q: torch.Tensor, k: torch.Tensor, *others: Optional) 
 
 
 def qk_norm_rotary(
-    q: torch.Tensor, k: torch.Tensor, q_weight: Optional = None, k_weight: Optional = None, cos: Optional = None,
-    sin: Optional = None, *, eps: float = 1e-6, interleaved: bool = True,
+    q: Tensor, k: Tensor, q_weight: Tensor | None = None, k_weight: Tensor | None = None, cos: Tensor | None = None,
+    sin: Tensor | None = None, *, eps: float = 1e-6, interleaved: bool = True,
 ) -> Pair:  # fmt: skip
     """RMSNorm each head of q and of k, then rotate its pairs: ``x * cos + turned(x) * sin``.
 

@@ -27,6 +27,7 @@ Usable = tuple[bool, str]
 
 @functools.cache
 def has_triton() -> bool:
+    """Whether Triton is installed; it is not imported for that."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -90,10 +91,12 @@ def _asked(device: torch.device) -> tuple[tuple[int, int], int]:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability (major, minor) of a CUDA device; (9, 0) where there is none to ask."""
     return _asked(device)[0]
 
 
 def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 132 where there is none to ask."""
     return _asked(device)[1]
 
 

@@ -28,6 +28,7 @@ def upsample_conv2d_launches() -> int:
 
 
 def upsample_conv2d_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`upsample_conv2d` as PyTorch's own chain; differentiable, any floating dtype."""
     return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
 
 
@@ -37,6 +38,7 @@ def _channels_last(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def upsample_conv2d_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`upsample_conv2d` with the upsampling folded into the weights by a Triton kernel, and four 2x2 convolutions."""
     from pydiff.kernels import upsample as kernels
 
     n, c, h, w = x.shape
@@ -72,6 +74,7 @@ def _pays(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> b
 def can_use_upsample_conv2d(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> triton_ops.Usable:
+    """Whether `upsample_conv2d_kernel` runs here, and if not, why."""
     usable = triton_ops.can_use("upsample_conv2d", x, weight, bias)
     if not usable[0]:
         return usable

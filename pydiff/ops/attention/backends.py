@@ -34,7 +34,14 @@ MATH_SCORES = 2**26  # more scores than that, and PyTorch's unfused attention is
 
 
 class Call(NamedTuple):
-    """One attention call: q [B, H, Lq, D], k and v [B, H, Lk, D], a key mask [B, Lk] or none."""
+    """One attention call.
+
+    Attributes:
+        q: [B, H, Lq, D].
+        k, v: [B, H, Lk, D].
+        mask: bool [B, Lk], true where a key may be attended to; None: everywhere.
+        scale: of the scores; None: D**-0.5.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -54,10 +61,12 @@ class Call(NamedTuple):
 
 
 class AttentionBackend(NamedTuple):
-    """`run` computes a call, in memory [B, Lq, H, D]; `accepts` says whether it would, and if not, why."""
+    """One way to compute a call."""
 
     run: Callable[[Call], torch.Tensor]
+    """Computes it, [B, H, Lq, D] in memory [B, Lq, H, D]."""
     accepts: Callable[[Call], triton_ops.Usable]
+    """Whether it would, and if not, why."""
 
 
 def likely(call: Call) -> tuple[str, ...]:

@@ -60,6 +60,7 @@ def can_use_attention(
 def suits(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
 ) -> triton_ops.Usable:
+    """Whether the kernel takes such a call on a device that has it, and if not, why."""
     from pydiff.kernels import attention as kernels
 
     if mask is not None and (mask.dim() != 2 or mask.dtype != torch.bool or mask.stride(1) != 1):

@@ -18,6 +18,36 @@ def _term(weight: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
     return torch.where(weight == 0, 0.0, weight * operand)
 
 
+def _combine(weights: torch.Tensor, operands: list[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
+    """The sum of the operands that are there, weighted by each row of `weights` [B, operands]."""
+    total = torch.zeros_like(like)
+    for k, operand in enumerate(operands):
+        if operand is not None:
+            total = total + _term(_per_row(weights[:, k], like), operand)
+    return total
+
+
+def _guided(t: StageTensors, c: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    """The model output of each row, in the registers' dtype."""
+    m = m.to(t.registers.dtype)
+    if t.copies == 1:
+        return m
+    scale, (uncond, cond) = _per_row(c[:, table.GUIDANCE], t.registers[0]), m.chunk(2)
+    return torch.where(scale == 1, cond, torch.where(scale == 0, uncond, uncond + scale * (cond - uncond)))
+
+
+def _draws(t: StageTensors, c: torch.Tensor, index: torch.Tensor) -> list[torch.Tensor | None]:
+    """z0 and z1."""
+    weights, known = _weights(c), c[:, table.KNOWN : table.KNOWN + 3]
+    draws: list[torch.Tensor | None] = []
+    for k in range(2):
+        used = (weights[:, :, table.Z0 + k] != 0).any(1)
+        if t.mask is not None:
+            used = used | (known[:, 1 + k] != 0)
+        draws.append(_draw(t, index[:, table.DRAW0 + k], used))
+    return draws
+
+
 def _draw(t: StageTensors, number: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
     """Standard normals [B, *sample] of each row's own draw number (anything where the row does not use it)."""
     if number.device.type == "cpu" and not used.any():  # on a GPU asking would wait for it
@@ -28,9 +58,14 @@ def _draw(t: StageTensors, number: torch.Tensor, used: torch.Tensor) -> torch.Te
     return normal_reference(t.seeds, number, t.sample_shape).to(t.registers.dtype)
 
 
+def _weights(c: torch.Tensor) -> torch.Tensor:
+    """Weights [B, 3, operands] of the three combinations."""
+    return c[:, : 3 * table.NUM_OPERANDS].reshape(-1, 3, table.NUM_OPERANDS)
+
+
 def _uses_model_output(c: torch.Tensor, index: torch.Tensor, slots: int) -> torch.Tensor:
     """Rows where m has a weight in an output that goes somewhere, or in a d that has one. [B] bool."""
-    weights = c[:, : 3 * table.NUM_OPERANDS].reshape(-1, 3, table.NUM_OPERANDS)
+    weights = _weights(c)
     slot = index[:, table.WRITE_A : table.WRITE_B + 1]
     written = torch.cat((torch.ones_like(slot[:, :1], dtype=torch.bool), (slot >= 0) & (slot < slots)), dim=1)
     written[:, 1] &= slot[:, 0] != slot[:, 1]
@@ -49,7 +84,7 @@ def stage_reference(t: StageTensors, m: torch.Tensor) -> None:
     """
     if t.rows == 0:
         return
-    dtype, slots = t.registers.dtype, t.registers.shape[0] - 1
+    slots = t.registers.shape[0] - 1
     active = t.cursor < t.stop
     row = torch.where(active, t.cursor, 0).long()
     c, index = t.coefficients[row], t.indices[row]
@@ -58,40 +93,22 @@ def stage_reference(t: StageTensors, m: torch.Tensor) -> None:
     def column(k: int) -> torch.Tensor:
         return _per_row(c[:, k], x)
 
-    m = m.to(dtype)
-    if t.copies == 2:
-        scale, (uncond, cond) = column(table.GUIDANCE), m.chunk(2)
-        m = torch.where(scale == 1, cond, torch.where(scale == 0, uncond, uncond + scale * (cond - uncond)))
+    m = _guided(t, c, m)
     d = _term(column(table.OUTPUT), x) + _term(column(table.OUTPUT + 1), m)
     d = torch.minimum(torch.maximum(d, column(table.CLIP)), column(table.CLIP + 1))
-
-    known = c[:, table.KNOWN : table.KNOWN + 3]
-    weights = c[:, : 3 * table.NUM_OPERANDS].reshape(-1, 3, table.NUM_OPERANDS)
-    draws = []
-    for k in range(2):
-        used = (weights[:, :, table.Z0 + k] != 0).any(1)
-        if t.mask is not None:
-            used = used | (known[:, 1 + k] != 0)
-        draws.append(_draw(t, index[:, table.DRAW0 + k], used))
+    draws = _draws(t, c, index)
     empty = [None] * (table.NUM_SLOTS - slots)
     operands = [x, *t.registers[1:], *empty, d, m, t.constant, t.extra, *draws]
-
-    def combine(w: torch.Tensor, values: list) -> torch.Tensor:
-        total = torch.zeros_like(x)
-        for k, value in enumerate(values):
-            if value is not None:
-                total = total + _term(_per_row(w[:, k], x), value)
-        return total
-
-    new = [combine(weights[:, k], operands) for k in range(3)]
+    new = [_combine(weights, operands, x) for weights in _weights(c).unbind(1)]
     if t.mask is not None:
-        kept = combine(known, [t.known, *draws])
+        kept = _combine(c[:, table.KNOWN : table.KNOWN + 3], [t.known, *draws], x)
         new[0] = t.mask * kept + (1 - t.mask) * new[0]
-    alive = _per_row(active, x)
+
     if t.nonfinite is not None:
         finite = torch.isfinite(m).reshape(t.rows, *t.sample_shape, 1).flatten(1).all(1)
         bad = active & _uses_model_output(c, index, slots) & (t.nonfinite < 0) & ~finite
         t.nonfinite.copy_(torch.where(bad, t.cursor, t.nonfinite))
+    alive = _per_row(active, x)
     t.registers[0] = torch.where(alive, new[0], x)
     for slot in range(slots):
         for k in (1, 2):

@@ -45,8 +45,10 @@ class StageTensors:
     extra: torch.Tensor | None = None
     noise: torch.Tensor | None = None
     nonfinite: torch.Tensor | None = None
-    bound: Any = field(default=None, init=False, repr=False)  # the compiled operation, for as long as it fits
-    checked: bool = field(default=False, init=False, repr=False)  # that the tensors fit one another
+    bound: Any = field(default=None, init=False, repr=False)
+    """The compiled operation, for as long as it fits."""
+    checked: bool = field(default=False, init=False, repr=False)
+    """That the tensors fit one another."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -59,10 +61,12 @@ class StageTensors:
 
     @property
     def rows(self) -> int:
+        """B, the rows of the batch."""
         return self.registers.shape[1]
 
     @property
     def sample_shape(self) -> torch.Size:
+        """The shape of one sample."""
         return self.registers.shape[2:]
 
 
