@@ -2,6 +2,7 @@
 
     .ci/mutants --sample 20 --seed 0 --jobs 2 --out mutants.jsonl      # every Python file, and the two headers
     .ci/mutants --only pydiff/plans --out mutants.jsonl                # what is in the file already is not run again
+    .ci/mutants --again --out mutants.jsonl                            # but for those that survived
     .ci/mutants --table --out mutants.jsonl                            # what tests/mutants.md holds
 
 Every mutant is applied in a scratch copy of the tree, and runs the tests that can see it, the fastest first, up to the
@@ -47,7 +48,7 @@ TESTS = {
     "pydiff/schedules/from_config.py": ["tests/schedules/test_time_grid.py", f"{SOLVERS}against_diffusers.py"],
     "pydiff/plans": ["tests/plans", f"{SOLVERS}compiler.py", f"{SOLVERS}identities.py", "tests/test_bad_input.py"],
     "pydiff/solvers": [
-        *(f"{SOLVERS}{name}.py" for name in ("compiler", "identities", "pure_noise")),
+        *(f"{SOLVERS}{name}.py" for name in ("option_ranges", "compiler", "identities", "pure_noise")),
         *("tests/test_bad_input.py", "tests/cli/test_cli.py"),
         *(f"{SOLVERS}{name}.py" for name in ("orders", "stochastic", "against_diffusers", "against_k_diffusion")),
     ],
@@ -233,19 +234,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", default="", help="files whose path begins so")
-    parser.add_argument("--limit", type=float, default=300, help="seconds a mutant may take")
+    parser.add_argument("--limit", type=float, default=1200, help="seconds a mutant may take")
     parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"), help="a line of JSON for each mutant")
+    parser.add_argument("--again", action="store_true", help="try those that survived once more, and nothing else")
     parser.add_argument("--table", action="store_true", help="print the results and run nothing")
     given = parser.parse_args()
     out = given.out.resolve()
-    results = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    lines = out.read_text().splitlines() if out.exists() else []
+    results = {(r["file"], r["start"], r["end"], r["new"]): r for r in map(json.loads, lines)}  # the last one counts
     if given.table:
-        return print(table(sorted(results, key=lambda r: (r["file"], r["start"]))))
-    done = {(r["file"], r["start"], r["end"], r["new"]) for r in results}
+        return print(table(sorted(results.values(), key=lambda r: (r["file"], r["start"]))))
     todo = [(f, m) for f in files(given.only) for m in sample(f, given.sample, given.seed)]
-    todo = [(f, m) for f, m in todo if (f, m.start, m.end, m.new) not in done]
+    if given.again:
+        survived = [r for r in results.values() if r["result"] == "survived" and r["file"].startswith(given.only)]
+        todo = [(r["file"], Mutant(r["line"], r["start"], r["end"], r["new"])) for r in survived]
+    else:
+        todo = [(f, m) for f, m in todo if (f, m.start, m.end, m.new) not in results]
     random.Random(given.seed).shuffle(todo)  # so that a run cut short is a smaller sample
-    print(f"{len(todo)} mutants to try, {len(done)} done")
+    print(f"{len(todo)} mutants to try, {len(results)} done")
     warm_up()
     workers = []
     for job in range(given.jobs):

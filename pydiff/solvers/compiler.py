@@ -98,7 +98,7 @@ def make_plan(
             "use a solver for x0, such as 'ddim' or 'dpmpp_2m'"
         )
     if entry.exact_mean:
-        check_mean(plan)
+        check_mean(plan, noise=options.get("s_noise", 1.0) == 1.0)  # 0 leaves no draw, and less noise than there was
     if callable(guidance_scale):
         guidance_scale = np.array([float(guidance_scale(t)) for t in plan.model_times])
     scales = stage_values("guidance_scale", guidance_scale, len(plan))

@@ -291,6 +291,27 @@ def test_pieces_of_a_one_step_solver_make_the_whole(solver) -> None:
         assert pieces[0] + pieces[1] == pydiff.make_plan(solver, EDM, times=times)
 
 
+@pytest.mark.parametrize("schedule", [pydiff.VPLinear(), pydiff.RectifiedFlow()], ids=repr)
+def test_pieces_meet_in_alpha_too(schedule) -> None:
+    times = [0.9, 0.6, 0.4, 0.1]
+    pieces = [pydiff.make_plan("dpmpp_2s", schedule, times=t) for t in (times[:3], times[2:])]
+    whole = pydiff.make_plan("dpmpp_2s", schedule, times=times)
+    assert pieces[0] + pieces[1] == whole
+    np.testing.assert_array_equal((pieces[0] + pieces[1]).alpha, whole.alpha)
+    other = replace(pieces[1], alpha=0.9 * pieces[1].alpha)
+    with pytest.raises(PlanError, match="begins at"):
+        pieces[0] + other
+
+
+def test_the_first_draw_of_all_is_taken_too() -> None:
+    """A plan whose only stage uses draw 0: the noise that the next one starts with goes beside it."""
+    first = pydiff.make_plan("euler_ancestral", EDM, times=[80, 2], prediction="sample")
+    churning = pydiff.make_plan("heun", EDM, times=[2, 1, 0.3, 0], prediction="sample", s_churn=1)
+    assert first.indices[-1, table.DRAW0 :].tolist() == [0, -1] and churning.start_noise != 0
+    joined, apart = run_both(first, churning)
+    torch.testing.assert_close(joined, apart, rtol=1e-13, atol=1e-13)
+
+
 def test_pieces_of_a_multistep_solver_do_not() -> None:
     times = [80.0, 30.0, 9.0, 4.0, 1.0, 0.0]
     pieces = [pydiff.make_plan("dpmpp_2m", EDM, times=t) for t in (times[:4], times[3:])]

@@ -118,3 +118,12 @@ def test_generators_follow_the_dtype() -> None:
     x = torch.ones(2, 3, dtype=torch.float64)
     drawn = from_generator(torch.Generator().manual_seed(1), x)(0)
     assert torch.equal(drawn, torch.randn(2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"), [([0.0], "got list"), (torch.zeros(2, 4), r"got \[2, 4\]"), (None, "got NoneType")], ids=str
+)
+def test_a_function_that_answers_with_something_else_is_told_what(answer, told) -> None:
+    plan = pydiff.make_plan("ddpm", pydiff.EDM(), 3, prediction="sample")
+    with pytest.raises(ValueError, match=rf"noise\(0\) must return a tensor of shape \[2, 3\], {told}"):
+        pydiff.run_plan(plan, toy, torch.zeros(2, 3), noise=lambda k: answer)
