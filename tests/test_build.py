@@ -1,4 +1,4 @@
-"""The build: what is compiled, that it degrades instead of failing, and that the CUDA code compiles without a GPU."""
+"""The build: what is compiled and packaged, that it degrades instead of failing, that the CUDA code compiles."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from email import message_from_string
+from email.message import Message
 from pathlib import Path
 
 import pytest
 import torch
 
+import pydiff
 from pydiff.ops import native
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +57,113 @@ def test_without_a_compiler_the_build_ends_with_one_line(tmp_path):
     assert modules == []
     assert len([line for line in printed.splitlines() if line.startswith("pydiff:")]) == 1
     assert "building without compiled code" in printed
+
+
+def test_without_pybind11_the_build_ends_with_one_line_too(tmp_path):
+    missing(tmp_path / "fake", "pybind11")
+    modules, printed = build(tmp_path / "out", PYDIFF_CUDA="0", PYTHONPATH=str(tmp_path / "fake"))
+    assert modules == []
+    assert len([line for line in printed.splitlines() if line.startswith("pydiff:")]) == 1
+    assert "building without compiled code" in printed and "No module named 'pybind11'" in printed
+
+
+def missing(folder: Path, *names: str) -> None:
+    """Make a folder that hides these packages if it stands first on the path."""
+    folder.mkdir()
+    for name in names:
+        (folder / f"{name}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{name}'\")\n")
+
+
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Message, Path]:
+    """setup.py's steps that need no compiler, without what they may not need: the metadata, and what is installed."""
+    pytest.importorskip("setuptools", minversion="77")
+    target = tmp_path_factory.mktemp("packaged")
+    missing(target / "fake", "torch", "numpy", "pybind11")
+    (target / "info").mkdir()
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", target / "info"]
+    command += ["build_py", "--build-lib", target / "lib"]
+    env = {**os.environ, "PYTHONPATH": str(target / "fake")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = (target / "info" / "pydiff_sampler.egg-info" / "PKG-INFO").read_text(encoding="utf-8")
+    return message_from_string(text), target / "lib" / "pydiff"
+
+
+def test_what_is_packaged(packaged):
+    _, lib = packaged
+    files = {str(path.relative_to(lib)) for path in lib.rglob("*") if path.is_file()}
+    assert {"py.typed", "models/weights/mnist_unet.safetensors", "kernels/group_norm.py", "cli/main.py"} <= files
+    sources = {str(path.relative_to(ROOT / "pydiff")) for path in (ROOT / "pydiff").rglob("*.py")}
+    assert {name for name in files if name.endswith(".py") and not name.startswith("kernels/")} == sources
+
+
+def test_the_metadata_are_complete(packaged):
+    metadata, _ = packaged
+    assert metadata["Version"] == pydiff.__version__
+    assert metadata["Name"] == "pydiff-sampler" and metadata["License-Expression"] == "Apache-2.0"
+    urls = dict(line.split(", ") for line in metadata.get_all("Project-URL"))
+    assert set(urls) == {"Homepage", "Documentation", "Source", "Changelog", "Issues"}
+    assert all(url.startswith("https://github.com/pydiff/pydiff") for url in urls.values())
+    oldest = metadata["Requires-Python"].removeprefix(">=")
+    assert f"Programming Language :: Python :: {oldest}" in metadata.get_all("Classifier")
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+
+
+def test_the_readme_of_the_package_has_links_that_work_anywhere(packaged):
+    metadata, _ = packaged
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    pattern = r"(!?)\[[^][]*\]\(([^()\s]+)\)"
+    here = re.findall(pattern, (ROOT / "README.md").read_text(encoding="utf-8"))
+    there = re.findall(pattern, metadata.get_payload())
+    assert len(there) == len(here) > 10 and {"!", ""} == {mark for mark, _ in there}
+    for (mark, relative), (_, absolute) in zip(here, there):
+        page = "https://github.com/pydiff/pydiff/" + ("raw/main/" if mark else "blob/main/")
+        assert absolute == relative if ":" in relative else absolute == page + relative
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A source tree, of which nothing was ever installed."""
+    ignored = shutil.ignore_patterns("_C.*", "__pycache__")
+    shutil.copytree(ROOT / "pydiff", tmp_path / "tree" / "pydiff", ignore=ignored)
+    shutil.copy(ROOT / "setup.py", tmp_path / "tree")
+    return tmp_path / "tree"
+
+
+def in_the_tree(tree: Path, code: str, path: list[str]) -> subprocess.CompletedProcess[str]:
+    """Python there, which finds the packages in `path` but nothing that an editable installation says."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-S", "-c", code], cwd=tree, env=env, capture_output=True, text=True)
+
+
+def test_a_tree_that_is_not_installed_works_and_says_so(tree):
+    code = """
+import importlib.util, pydiff, torch
+assert importlib.util.find_spec("pydiff.kernels") is None and importlib.util.find_spec("pydiff._C") is None
+model = pydiff.optimize(pydiff.load_model("mnist"))
+assert pydiff.sample(model, shape=(1, 1, 28, 28), steps=1, seed=0).isfinite().all()
+from pydiff.ops import triton_ops
+triton_ops.capability = lambda device: (9, 0)
+triton_ops.has_triton = lambda: True
+print(triton_ops.available("group_norm", torch.device("cuda")))
+print(pydiff.__file__)
+"""
+    done = in_the_tree(tree, code, [entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))])
+    assert done.returncode == 0, done.stderr
+    remedy = f"this is pydiff's source tree: run `pip install -e .` in {tree}"
+    assert "pydiff.stage runs in plain PyTorch on cpu, slower than it could: pydiff._C cannot" in done.stderr
+    assert done.stderr.count(remedy) == 2  # for the noise and for the stage
+    refused, file = done.stdout.splitlines()
+    assert "False" in refused and "pydiff.kernels is not installed" in refused and remedy in refused
+    assert Path(file).parent == tree / "pydiff"
+
+
+def test_a_tree_without_what_it_needs_says_how_to_get_it(tree):
+    done = in_the_tree(tree, "import pydiff; print(pydiff.__version__); pydiff.sample", [])
+    assert done.stdout.strip() == pydiff.__version__
+    last = done.stderr.strip().splitlines()[-1]
+    assert "No module named" in last and "`pip install -e .`" in last and str(tree) in last
 
 
 def script(path: Path, body: str) -> Path:

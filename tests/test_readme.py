@@ -1,22 +1,18 @@
-"""What README.md and docs/ say is true: commands parse, snippets run, numbers have a source."""
+"""What README.md promises is kept: its commands are those that are tried, its numbers have a source."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import pydiff
 from pydiff.cli import main
-from pydiff.plans import table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PLANS = (ROOT / "docs" / "plans.md").read_text(encoding="utf-8")
 NOT_MEASURED = "not measured"
 
 
@@ -40,7 +36,7 @@ def test_the_command_lines_are_one_line_and_set_themselves_up(marker, extra):
     venv, install, last = words(command)
     assert venv == ["python3", "-m", "venv", ".venv"]
     assert install[:2] == [".venv/bin/pip", "install"] and "constraints.txt" in install
-    assert install[-1] == (f".[{extra}]" if extra else ".")
+    assert install[-2:] == ["-e", f".[{extra}]" if extra else "."]
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     if extra:
@@ -70,13 +66,6 @@ def test_every_pydiff_command_parses():
         assert callable(main.build_parser().parse_args(command[1:]).run)
 
 
-@pytest.mark.parametrize("code", blocks(README, "python"))
-def test_the_python_snippets_run(code):
-    namespace: dict = {}
-    exec(code.replace("(16,", "(2,"), namespace)
-    assert namespace["x"].isfinite().all()
-
-
 def test_every_number_in_the_table_has_a_command_and_a_result_file():
     lines = README.partition("<!-- measured -->\n")[2].partition("<!-- /measured -->")[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -93,33 +82,6 @@ def test_every_number_in_the_table_has_a_command_and_a_result_file():
         assert (ROOT / script).is_file() or (ROOT / (script.replace(".", "/") + ".py")).is_file(), row
 
 
-def test_files_that_are_named_exist():
-    for text in (README, PLANS):
-        for name in re.findall(r"`((?:docs|pydiff|tests|examples|csrc)/[\w/.]*)`", text):
-            assert (ROOT / name).exists(), name
+def test_the_licence_and_the_changelog_are_what_they_should_be():
     assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "keepachangelog.com" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-
-
-def test_the_columns_of_a_plan_are_where_the_page_says():
-    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", PLANS, re.M)
-    assert len(rows) == 8
-    assert all(getattr(table, name) == int(column) for column, name in rows)
-    assert f"[stages, {table.COEFFICIENT_COLUMNS}]" in PLANS and f"[stages, {table.INDEX_COLUMNS}]" in PLANS
-
-
-def test_the_printed_plan_is_what_prints():
-    plan = pydiff.make_plan("dpmpp_2m", pydiff.VPLinear(), steps=4, prediction="epsilon")
-    assert "".join(f"    {line}\n" for line in str(plan).splitlines()) in PLANS
-
-
-def test_the_solver_of_the_page_works_and_its_test_can_fail():
-    """In a process of its own: the registry of this one stays as it is."""
-
-    def errors(code: str) -> str:
-        command = [sys.executable, "-c", code]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120).stderr
-
-    code = "\n".join(blocks(PLANS, "python"))
-    assert errors(code) == ""
-    assert "AssertionError" in errors(code.replace("damping: float = 0.0", "damping: float = 0.1"))

@@ -154,12 +154,15 @@ def dealt_noise(module: Any, noise: torch.Tensor) -> Iterator[None]:
 
 
 def load_k_diffusion() -> types.ModuleType | None:
-    """`k_diffusion.sampling` without the package's __init__ (which wants a training stack), or None if not there."""
-    stand_ins = {"k_diffusion": types.ModuleType("k_diffusion")}
-    if importlib.util.find_spec("torchvision") is None:  # `utils` imports it, for image files only
-        names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
-        stand_ins.update({name: types.ModuleType(name) for name in names})
-        stand_ins["torchvision.transforms"].functional = stand_ins[names[2]]  # type: ignore[attr-defined]
+    """`k_diffusion.sampling` without the package's __init__ (which wants a training stack), or None if not there.
+
+    What its functions that are compared never call may be missing: torchvision (image files), torchdiffeq (likelihoods)
+    and torchsde (the Brownian tree, in whose place the draws are dealt).
+    """
+    stand_ins: dict[str, Any] = {"k_diffusion": types.ModuleType("k_diffusion")}
+    for names in (("torchvision", "torchvision.transforms"), ("torchdiffeq",), ("torchsde",)):
+        if importlib.util.find_spec(names[0]) is None:
+            stand_ins |= {name: mock.MagicMock() for name in names}
     try:
         root = importlib.metadata.distribution("k-diffusion").locate_file("k_diffusion")
         stand_ins["k_diffusion"].__path__ = [str(root)]
