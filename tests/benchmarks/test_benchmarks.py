@@ -163,6 +163,20 @@ def test_the_environment_says_what_is_needed_to_take_the_numbers_again(monkeypat
     json.dumps(found)
 
 
+def test_the_commit_that_the_environment_names_is_ours_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYDIFF_COMMIT", "ours")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "absent"))
+    assert harness.source()["commit"] == "ours" and harness.source(tmp_path)["commit"] is None
+
+
+def test_threads_are_given_back():
+    torch.set_num_threads(2)
+    with contextlib.suppress(RuntimeError), harness.threads(1):
+        assert torch.get_num_threads() == 1
+        raise RuntimeError
+    assert torch.get_num_threads() == 2
+
+
 # ------------------------------------------------------------------------------------ the scripts
 
 
@@ -308,7 +322,14 @@ def test_replays_are_timed_and_what_waits_for_the_device_is_not_captured(monkeyp
 
 @pytest.mark.parametrize(
     "command",
-    [["benchmarks/noise.py"], ["-m", "benchmarks.stage_update"], ["benchmarks/kernels.py"], ["benchmarks/unet.py"]],
+    [
+        ["benchmarks/noise.py"],
+        ["-m", "benchmarks.stage_update"],
+        ["benchmarks/kernels.py"],
+        ["benchmarks/unet.py"],
+        ["benchmarks/whole_call.py"],
+        ["-m", "benchmarks.compare"],
+    ],
 )
 def test_scripts_start_as_a_file_and_as_a_module(command):
     done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
@@ -318,6 +339,21 @@ def test_scripts_start_as_a_file_and_as_a_module(command):
 def test_the_plain_test_run_leaves_the_microbenchmarks_alone():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^testpaths = \["tests"\]$', project, re.M)
+
+
+def test_the_microbenchmarks_run_when_they_are_asked_for():
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "-q", "--benchmark-disable", "-p", "no:cacheprovider", "benchmarks"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout
+
+
+def test_the_page_names_every_script_and_nothing_that_is_not_there():
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text("utf-8")}
+    assert {*re.findall(r"python benchmarks/(\w+\.py)", page)} == scripts - {"compare_worker.py"}
+    for name in re.findall(r"`((?:pydiff|benchmarks|tests)/[\w/.]*)`", page):
+        assert (ROOT / name).exists(), name
 
 
 # ------------------------------------------------------------------------------------ gpu.sh
@@ -340,9 +376,9 @@ def test_the_gpu_script_lists_its_steps(tmp_path):
     done = run_gpu("--dry-run", OUT=str(tmp_path / "absent"))
     steps = listed(done)
     assert done.returncode == 0
-    assert list(steps) == ["build", "info", "tests", "loop", "kernels", "unet", "stage_update", "noise"]
+    assert list(steps) == ["build", "info", "tests", "loop", "kernels", "unet", "stage_update", "whole_call", "noise"]
     assert "-m gpu" in steps["tests"][1] and "build_ext --inplace" in steps["build"][1]
-    for name in ("loop", "kernels", "unet", "stage_update", "noise"):
+    for name in ("loop", "kernels", "unet", "stage_update", "whole_call", "noise"):
         command = steps[name][1]
         assert f"benchmarks.{name} --device cuda" in command and f"--out '{tmp_path}/absent'" in command
     for name in ("loop", "kernels", "unet"):  # done, and written down, before the limit
@@ -380,7 +416,7 @@ def test_the_gpu_script_goes_on_after_a_failure_and_stops_what_hangs(tmp_path):
     stub.write_text(STUB)
     stub.chmod(0o755)
     done = run_gpu(PYTHON=str(stub), OUT=str(tmp_path / "out"), LIMIT="2")
-    assert done.returncode == 1 and "4 of 8 steps did not pass" in done.stderr, done.stderr
+    assert done.returncode == 1 and "5 of 9 steps did not pass" in done.stderr, done.stderr
     [summary] = (tmp_path / "out").glob("gpu-*.json")
     steps = {step["step"]: step["status"] for step in json.loads(summary.read_text())["steps"]}
     skipped = "skipped, no time left"
@@ -392,6 +428,7 @@ def test_the_gpu_script_goes_on_after_a_failure_and_stops_what_hangs(tmp_path):
         "kernels": "passed",
         "unet": "timed out",
         "stage_update": skipped,
+        "whole_call": skipped,
         "noise": skipped,
     }
     [log] = (tmp_path / "out").glob("gpu-*.log")
