@@ -238,11 +238,14 @@ def _identities(container: Any) -> list[int]:
 
 
 def _is_object(value: Any) -> bool:
-    """Whether a value is an object of somebody's class, whose attributes say what it does."""
+    """Whether a value is an object of somebody's class, whose attributes say what it does. What torch.compile keeps of
+    its own work, and adds to at any call, says nothing."""
+    there = type(value).__module__
     return (
         hasattr(value, "__dict__")
         and not isinstance(value, (type, *_CALLABLES))
-        and type(value).__module__ not in ("builtins", "threading", "logging", "collections")
+        and there not in ("builtins", "threading", "logging", "collections")
+        and not there.startswith("torch._dynamo")
     )
 
 
