@@ -7,6 +7,7 @@ y = activation((norm(s) * weight + bias) * (1 + scale) + shift)          with sc
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,9 +80,10 @@ def _in_one_layout(
 def _tiling(x: Tensor, x2: Tensor | None, num_groups: int, nhwc: bool) -> Tiling:
     from pydiff.kernels import group_norm_tiling
 
-    channels2 = 0 if x2 is None else int(x2.shape[1])
-    sizes = (int(x.shape[0]), int(x.shape[1]), channels2, int(x.shape[2:].numel()), int(num_groups), x.element_size())
-    return group_norm_tiling.select(group_norm_tiling.Sizes(*sizes, nhwc), triton_ops.multiprocessors(x.device))
+    samples, channels, *spatial = map(int, x.shape)
+    more = 0 if x2 is None else int(x2.shape[1])
+    sizes = group_norm_tiling.Sizes(samples, channels, more, math.prod(spatial), int(num_groups), x.element_size(), nhwc)
+    return group_norm_tiling.select(sizes, triton_ops.multiprocessors(x.device))
 
 
 def _rows(values: Tensor | None) -> tuple[Tensor | None, int]:
