@@ -8,6 +8,7 @@ its median is one number, and the median of those over the rounds is the result.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib.metadata
 import json
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -195,6 +196,17 @@ def _timing(turns: list[list[tuple[float, float]]], per: int, host: bool) -> Tim
     return Timing(done, fastest, sum(map(len, turns)), returned if host else [])
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch, and pydiff with it, uses this many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 # ------------------------------------------------------------------------------------ judging
 
 
@@ -260,7 +272,7 @@ def number(value: float | None) -> str:
     """Three significant digits; "not measured" for None."""
     if value is None:
         return NOT_MEASURED
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def microseconds(outcome: Outcome | None) -> str:
@@ -299,7 +311,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "pydiff": pydiff.__version__,
         "compiled_code": native.build_info(),
         **{name: _version(name) for name in ("numpy", "diffusers", "k-diffusion")},
-        **_source(),
+        **source(),
     }
 
 
@@ -323,17 +335,17 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _source() -> dict[str, Any]:
-    """The commit, and whether files differ from it. Where git does not know, PYDIFF_COMMIT may say."""
+def source(root: Path = ROOT) -> dict[str, Any]:
+    """The commit of a checkout, and whether files differ from it. PYDIFF_COMMIT says ours where git does not know."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
-        return {"commit": os.environ.get("PYDIFF_COMMIT"), "dirty": None}
+        return {"commit": os.environ.get("PYDIFF_COMMIT") if root == ROOT else None, "dirty": None}
 
 
 def save(result: dict[str, Any], out: str | Path | None) -> Path:
@@ -355,6 +367,15 @@ def warn_if_busy(environment: dict[str, Any]) -> None:
     load = environment["load_average"][0]
     if load > 0.5:
         print(f"load average {load:.1f} at the start: other programs were running, the numbers are rough")
+
+
+def chosen(text: str | None, known: Sequence[str], option: str) -> list[str]:
+    """The names that an option lists with commas between; all of them where it is not given."""
+    wanted = list(known) if text is None else [name.strip() for name in text.split(",")]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise SystemExit(f"{option}: {unknown[0]!r} is not one of {', '.join(known)}")
+    return wanted
 
 
 def parser(description: str) -> argparse.ArgumentParser:

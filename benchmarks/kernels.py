@@ -281,15 +281,6 @@ def run(
     return measured
 
 
-def parse_models(text: str | None) -> list[str]:
-    known = list(kernels_rows.shapes())
-    wanted = known if text is None else [name.strip() for name in text.split(",")]
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        raise SystemExit(f"--models: {unknown[0]!r} is not one of {', '.join(known)}")
-    return wanted
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = harness.parser(__doc__.splitlines()[0])
     parser.add_argument("--models", help="some of the models in unet_shapes.json, with commas between")
@@ -304,7 +295,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rounds = arguments.rounds or (2 if arguments.quick or arguments.smoke else 7)
     bandwidth = copy_bandwidth(device, rounds, COPY_BYTES if device.type == "cuda" else 1 << 20)
-    rows = kernels_rows.rows(parse_models(arguments.models), smoke=arguments.smoke)
+    models = harness.chosen(arguments.models, list(kernels_rows.shapes()), "--models")
+    rows = kernels_rows.rows(models, smoke=arguments.smoke)
     if arguments.families:
         rows = [row for row in rows if row.family in arguments.families.split(",")]
     rows.sort(key=lambda row: -row.calls * limit_seconds(row, bandwidth, dtype.itemsize))

@@ -45,7 +45,7 @@ from benchmarks.loop_gaps import profiled_idle_time
 from benchmarks.loop_models import MODELS, Case
 from benchmarks.loop_rivals import Run
 from benchmarks.loop_ways import BOUNDS, WAYS, check_samples, compare, held, refusal
-from benchmarks.unet import chosen, synchronize
+from benchmarks.unet import synchronize
 
 LAUNCH_BOUND = ("policy", "tabular")  # models that the targets are about; they come first
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in BOUNDS}
@@ -331,7 +331,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments = parse(argv)
     device = harness.device_of(arguments)
-    keys, names = chosen(arguments.models, list(MODELS), "--models"), chosen(arguments.ways, list(WAYS), "--ways")
+    keys = harness.chosen(arguments.models, list(MODELS), "--models")
+    names = harness.chosen(arguments.ways, list(WAYS), "--ways")
     budget, environment = Budget(arguments.seconds), harness.environment(device)
     harness.warn_if_busy(environment)
     measured = measure_all(keys, names, device, arguments, arguments.rounds or (2 if arguments.quick else 5), budget)

@@ -97,13 +97,9 @@ def collect(device: torch.device, rounds: int, turn: float) -> list[dict[str, An
             add(shape, "with the host", measure_size(shape, device, rounds, turn))
             add(shape, "device alone", graph_timing.measure_device(entries_for(shape, device), rounds))
         return rows
-    all_threads = torch.get_num_threads()
-    try:
-        for shape, threads in itertools.product(SHAPES, dict.fromkeys((1, all_threads))):
-            torch.set_num_threads(threads)
+    for shape, threads in itertools.product(SHAPES, dict.fromkeys((1, torch.get_num_threads()))):
+        with harness.threads(threads):
             add(shape, f"threads: {threads}", measure_size(shape, device, rounds, turn))
-    finally:
-        torch.set_num_threads(all_threads)
     return rows
 
 

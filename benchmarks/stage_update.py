@@ -234,16 +234,14 @@ def run_sampler(name: str, shape: Shape, device: torch.device, rounds: int, turn
     }
 
 
+def threads_for(shape: Shape) -> int:
+    return 1 if shape == SHAPES["tiny"] else torch.get_num_threads()
+
+
 def run_shape(shape: Shape, device: torch.device, rounds: int, turn: float) -> list[Row]:
     """All samplers on one shape. On the CPU a tiny tensor is served by one thread, for everyone."""
-    threads = torch.get_num_threads()
-    if shape == SHAPES["tiny"]:
-        torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            return [run_sampler(name, shape, device, rounds, turn) for name in SAMPLERS]
-    finally:
-        torch.set_num_threads(threads)
+    with harness.threads(threads_for(shape)), torch.no_grad():
+        return [run_sampler(name, shape, device, rounds, turn) for name in SAMPLERS]
 
 
 def targets(rows: list[Row], normals: dict[str, Outcome]) -> list[Target]:
@@ -339,17 +337,6 @@ def to_json(row: Row) -> dict[str, Any]:
     return {**row, "outcomes": outcomes, "device": harness.to_json(row["device"])}
 
 
-def parse_shapes(text: str | None, device: torch.device) -> dict[str, Shape]:
-    known = {**SHAPES, **PAST_CACHE}
-    if text is None:
-        return known if device.type == "cuda" else SHAPES
-    wanted = [name.strip() for name in text.split(",")]
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        raise SystemExit(f"--shapes: {unknown[0]!r} is not one of {', '.join(known)}")
-    return {name: known[name] for name in wanted}
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = harness.parser(__doc__.splitlines()[0])
     parser.add_argument("--shapes", help=f"some of {', '.join((*SHAPES, *PAST_CACHE))}, with commas between")
@@ -358,7 +345,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     environment, turn = harness.environment(device), 0.0 if arguments.quick else 0.01
     harness.warn_if_busy(environment)
     rows = []
-    for name, shape in parse_shapes(arguments.shapes, device).items():
+    known = {**SHAPES, **PAST_CACHE}
+    wanted = harness.chosen(arguments.shapes, list(known), "--shapes")
+    for name in wanted if arguments.shapes or device.type == "cuda" else SHAPES:
+        shape = known[name]
         rounds = arguments.rounds or (2 if arguments.quick else ROUNDS.get(name, OTHER_ROUNDS))
         found = run_shape(shape, device, rounds, turn)
         rows += found

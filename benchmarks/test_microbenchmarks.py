@@ -34,7 +34,7 @@ class Loop:
     def rewind(self) -> None:
         self.state.tensors.registers[0].copy_(self.x)
         self.state.tensors.cursor.copy_(self.start)
-        self.state.steps_done = 0
+        self.state.stages_done = 0
 
     def steps(self) -> None:
         while not self.state.finished:

@@ -304,14 +304,6 @@ def measure_all(
     return [{"workload": key, "title": WORKLOADS[key].title, "variants": found[key]} for key in keys]
 
 
-def chosen(text: str | None, known: list[str], option: str) -> list[str]:
-    wanted = known if text is None else [name.strip() for name in text.split(",")]
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        raise SystemExit(f"{option}: {unknown[0]!r} is not one of {', '.join(known)}")
-    return wanted
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = harness.parser(__doc__.splitlines()[0])
     parser.add_argument("--row", help=f"some of {', '.join(WORKLOADS)}, with commas between")
@@ -323,8 +315,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     device = harness.device_of(arguments)
     if device.type == "cpu" and not arguments.smoke and not arguments.count:
         raise SystemExit("the models are large: give --device cuda, --smoke for small ones, or --count")
-    keys = chosen(arguments.row, list(WORKLOADS), "--row")
-    variants = chosen(arguments.variants, list(VARIANTS), "--variants")
+    keys = harness.chosen(arguments.row, list(WORKLOADS), "--row")
+    variants = harness.chosen(arguments.variants, list(VARIANTS), "--variants")
     budget, environment = Budget(arguments.seconds), harness.environment(device)
     rounds = 0 if arguments.count else arguments.rounds or (2 if arguments.quick or arguments.smoke else 7)
     rows = measure_all(keys, variants, device, rounds, arguments.smoke, budget)

@@ -163,6 +163,20 @@ def test_the_environment_says_what_is_needed_to_take_the_numbers_again(monkeypat
     json.dumps(found)
 
 
+def test_the_commit_that_the_environment_names_is_ours_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYDIFF_COMMIT", "ours")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "absent"))
+    assert harness.source()["commit"] == "ours" and harness.source(tmp_path)["commit"] is None
+
+
+def test_threads_are_given_back():
+    torch.set_num_threads(2)
+    with contextlib.suppress(RuntimeError), harness.threads(1):
+        assert torch.get_num_threads() == 1
+        raise RuntimeError
+    assert torch.get_num_threads() == 2
+
+
 # ------------------------------------------------------------------------------------ the scripts
 
 
@@ -318,6 +332,21 @@ def test_scripts_start_as_a_file_and_as_a_module(command):
 def test_the_plain_test_run_leaves_the_microbenchmarks_alone():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^testpaths = \["tests"\]$', project, re.M)
+
+
+def test_the_microbenchmarks_run_when_they_are_asked_for():
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "-q", "--benchmark-disable", "-p", "no:cacheprovider", "benchmarks"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout
+
+
+def test_the_page_names_every_script_and_nothing_that_is_not_there():
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text("utf-8")}
+    assert {*re.findall(r"python benchmarks/(\w+\.py)", page)} == scripts
+    for name in re.findall(r"`((?:pydiff|benchmarks|tests)/[\w/.]*)`", page):
+        assert (ROOT / name).exists(), name
 
 
 # ------------------------------------------------------------------------------------ gpu.sh
