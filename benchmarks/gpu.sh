@@ -63,10 +63,11 @@ step build 70 "$PYTHON -m pip install -q --no-build-isolation --no-deps --no-ind
 || $PYTHON setup.py -q build_ext --inplace"
 step info 15 "$PYTHON -m pydiff.cli.info"
 step tests 150 "$PYTHON -m pytest -q -m gpu -p no:cacheprovider"
-step loop 100 "$PYTHON -m benchmarks.loop --device cuda --seconds @SECONDS@ --out '$OUT'"
-step kernels 60 "$PYTHON -m benchmarks.kernels --device cuda --seconds @SECONDS@ --out '$OUT'"
-step unet 75 "$PYTHON -m benchmarks.unet --device cuda --seconds @SECONDS@ --out '$OUT'"
+step loop 90 "$PYTHON -m benchmarks.loop --device cuda --seconds @SECONDS@ --out '$OUT'"
+step kernels 55 "$PYTHON -m benchmarks.kernels --device cuda --seconds @SECONDS@ --out '$OUT'"
+step unet 70 "$PYTHON -m benchmarks.unet --device cuda --seconds @SECONDS@ --out '$OUT'"
 step stage_update 65 "$PYTHON -m benchmarks.stage_update --device cuda --out '$OUT'"
+step whole_call 20 "$PYTHON -m benchmarks.whole_call --device cuda --out '$OUT'"
 step noise 20 "$PYTHON -m benchmarks.noise --device cuda --out '$OUT'"
 
 for word in "${wanted[@]}"; do

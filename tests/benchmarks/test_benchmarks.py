@@ -322,7 +322,13 @@ def test_replays_are_timed_and_what_waits_for_the_device_is_not_captured(monkeyp
 
 @pytest.mark.parametrize(
     "command",
-    [["benchmarks/noise.py"], ["-m", "benchmarks.stage_update"], ["benchmarks/kernels.py"], ["benchmarks/unet.py"]],
+    [
+        ["benchmarks/noise.py"],
+        ["-m", "benchmarks.stage_update"],
+        ["benchmarks/kernels.py"],
+        ["benchmarks/unet.py"],
+        ["benchmarks/whole_call.py"],
+    ],
 )
 def test_scripts_start_as_a_file_and_as_a_module(command):
     done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
@@ -369,9 +375,9 @@ def test_the_gpu_script_lists_its_steps(tmp_path):
     done = run_gpu("--dry-run", OUT=str(tmp_path / "absent"))
     steps = listed(done)
     assert done.returncode == 0
-    assert list(steps) == ["build", "info", "tests", "loop", "kernels", "unet", "stage_update", "noise"]
+    assert list(steps) == ["build", "info", "tests", "loop", "kernels", "unet", "stage_update", "whole_call", "noise"]
     assert "-m gpu" in steps["tests"][1] and "build_ext --inplace" in steps["build"][1]
-    for name in ("loop", "kernels", "unet", "stage_update", "noise"):
+    for name in ("loop", "kernels", "unet", "stage_update", "whole_call", "noise"):
         command = steps[name][1]
         assert f"benchmarks.{name} --device cuda" in command and f"--out '{tmp_path}/absent'" in command
     for name in ("loop", "kernels", "unet"):  # done, and written down, before the limit
@@ -409,7 +415,7 @@ def test_the_gpu_script_goes_on_after_a_failure_and_stops_what_hangs(tmp_path):
     stub.write_text(STUB)
     stub.chmod(0o755)
     done = run_gpu(PYTHON=str(stub), OUT=str(tmp_path / "out"), LIMIT="2")
-    assert done.returncode == 1 and "4 of 8 steps did not pass" in done.stderr, done.stderr
+    assert done.returncode == 1 and "5 of 9 steps did not pass" in done.stderr, done.stderr
     [summary] = (tmp_path / "out").glob("gpu-*.json")
     steps = {step["step"]: step["status"] for step in json.loads(summary.read_text())["steps"]}
     skipped = "skipped, no time left"
@@ -421,6 +427,7 @@ def test_the_gpu_script_goes_on_after_a_failure_and_stops_what_hangs(tmp_path):
         "kernels": "passed",
         "unet": "timed out",
         "stage_update": skipped,
+        "whole_call": skipped,
         "noise": skipped,
     }
     [log] = (tmp_path / "out").glob("gpu-*.log")
