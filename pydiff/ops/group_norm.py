@@ -82,7 +82,8 @@ def _tiling(x: Tensor, x2: Tensor | None, num_groups: int, nhwc: bool) -> Tiling
 
     samples, channels, *spatial = map(int, x.shape)
     more = 0 if x2 is None else int(x2.shape[1])
-    sizes = group_norm_tiling.Sizes(samples, channels, more, math.prod(spatial), int(num_groups), x.element_size(), nhwc)
+    numbers = (samples, channels, more, math.prod(spatial), int(num_groups), x.element_size())
+    sizes = group_norm_tiling.Sizes(*numbers, nhwc)
     return group_norm_tiling.select(sizes, triton_ops.multiprocessors(x.device))
 
 
