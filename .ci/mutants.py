@@ -52,7 +52,10 @@ TESTS = {
         *("tests/test_bad_input.py", "tests/cli/test_cli.py"),
         *(f"{SOLVERS}{name}.py" for name in ("orders", "stochastic", "against_diffusers", "against_k_diffusion")),
     ],
-    "pydiff/run": ["tests/run", "tests/test_sampler.py", "tests/test_bad_input.py", "tests/test_sampler_model.py"],
+    "pydiff/run": [
+        *("tests/run", "tests/test_sampler.py", "tests/test_bad_input.py", "tests/test_sampler_model.py"),
+        "tests/optimize/test_bundled.py",
+    ],
     "pydiff/graph/guards.py": [f"tests/graph/test_{name}.py" for name in ("guard_reach", "guards")],
     "csrc/philox.h": ["tests/ops/test_noise.py", "tests/ops/test_stage.py"],
     "csrc/stage.h": ["tests/ops/test_stage.py", "tests/ops/test_noise.py"],

@@ -196,6 +196,19 @@ def test_defaults_of_a_function(change, held) -> None:
     assert not guard.holds() and guard.difference()
 
 
+FACTOR = 1.0
+
+
+def with_a_global(x, t):
+    return FACTOR * x
+
+
+def test_a_number_among_the_global_variables(monkeypatch) -> None:
+    guard = guarded(with_a_global)
+    monkeypatch.setitem(globals(), "FACTOR", 2.0)
+    assert not guard.holds() and "FACTOR: 1.0 became 2.0" in guard.difference()
+
+
 @contextlib.contextmanager
 def switched(holder: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(holder, name)

@@ -96,3 +96,16 @@ def test_copies_are_made_leaf_by_leaf() -> None:
     leaf = target["pair"].b[0]
     copy_into(target, cond)
     assert target["text"].sum() == 6 and target["pair"].a.sum() == 2 and leaf.item() == 1
+
+
+class Named(dict):
+    """A dictionary with an attribute, as libraries have them."""
+
+    name = "none"
+
+
+def test_a_dictionary_of_its_own_class_stays_one() -> None:
+    given = Named(text=torch.ones(2))
+    given.name = "prompt"
+    made = map_tensors(given, torch.zeros_like)
+    assert type(made) is Named and made.name == "prompt" and made["text"].sum() == 0 and given["text"].sum() == 2

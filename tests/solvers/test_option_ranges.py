@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,31 @@ REFUSED = [
     ("dpm_solver_2", {"method": "both"}, "method must be"),
     ("dpm_solver_3", {"solver_type": "heun"}, "solver_type 'heun' is defined for order 2"),
 ]
+
+_MULTISTEP = {"solver_type": "midpoint", "lower_order_final": "auto"}
+_SINGLESTEP = {"solver_type": "midpoint", "nodes": "log_snr"}
+_CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "ddim": {"eta": 0.0, "use_clipped_model_output": True},
+    "ddpm": {"variance": "small"},
+    "dpm_solver_1": {},
+    "dpm_solver_2": {"method": "singlestep", **_SINGLESTEP, **_MULTISTEP},
+    "dpm_solver_3": {"method": "singlestep", **_SINGLESTEP, **_MULTISTEP, "compat": False},
+    "dpmpp_2m": _MULTISTEP,
+    "dpmpp_2m_sde": {"eta": 1.0, "s_noise": 1.0, **_MULTISTEP},
+    "dpmpp_2s": _SINGLESTEP,
+    "dpmpp_3m": {**_MULTISTEP, "compat": False},
+    "euler": _CHURN,
+    "euler_ancestral": {"eta": 1.0, "s_noise": 1.0},
+    "euler_maruyama": {"last_noise": False},
+    "heun": _CHURN,
+    "unipc": {"order": 2, "variant": "bh2", "corrector": True, "predict_x0": True, "lower_order_final": "auto"},
+}
+
+
+def test_the_defaults_are_these() -> None:
+    """Samples change with them: whoever changes one says so here."""
+    assert {entry.name: entry.options for entry in pydiff.list_solvers()} == DEFAULTS
 
 
 @pytest.mark.parametrize(("solver", "options"), ACCEPTED, ids=str)
@@ -107,3 +133,13 @@ def test_the_sde_adds_noise_in_every_step_but_the_last() -> None:
 def test_a_solver_is_summed_up_by_the_first_line_of_its_docstring() -> None:
     for entry in pydiff.list_solvers():
         assert entry.summary and entry.build.__doc__.startswith(entry.summary)
+
+
+@pytest.mark.parametrize("schedule", [pydiff.VPLinear(), pydiff.RectifiedFlow()], ids=repr)
+def test_a_step_of_the_sde_is_its_formula(schedule) -> None:
+    """x + [g^2 score - f x] dt' + g dw over dt' = t - s, with x0 = m, so that score = (alpha m - x) / sigma^2."""
+    t, s = 0.7, 0.45
+    made = pydiff.make_plan("euler_maruyama", schedule, times=[t, s], prediction="sample", last_noise=True)
+    f, g2, alpha, sigma = (getattr(schedule, n)(t) for n in ("drift", "diffusion_squared", "alpha", "sigma"))
+    expected = [1 - (f + g2 / sigma**2) * (t - s), g2 * alpha / sigma**2 * (t - s), np.sqrt(g2 * (t - s))]
+    np.testing.assert_allclose(compose_plan(made)[0], expected, rtol=1e-13)
