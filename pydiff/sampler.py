@@ -24,7 +24,7 @@ from pydiff.run.conditions import check_condition
 from pydiff.run.loop import run_with
 from pydiff.run.model import Model, check_model, check_schedule_is_known, first_parameter, warn_if_training
 from pydiff.run.noise_source import from_generator
-from pydiff.run.options import RENAMED, CallOptions, RunOptions, Seed, takes
+from pydiff.run.options import RENAMED, CallOptions, Seed, takes
 from pydiff.schedules.base import NoiseSchedule
 from pydiff.schedules.closed_form import VPLinear
 from pydiff.schedules.prediction import Prediction
@@ -154,24 +154,20 @@ class Sampler:
         """
         warn_if_training(self.model)
         plans = self._plans(options.plan, options.guidance_scale)
-        dtype = options.dtype or self.dtype
+        options.dtype = dtype = options.dtype or self.dtype  # the options were made for this call
+        options.model_dtype = options.model_dtype or self.model_dtype
         begin = self._begin(plans, shape_or_x, dtype, options)
-        run = RunOptions(
-            **{field.name: getattr(options, field.name) for field in _RUN_FIELDS},
-            seed=begin.seeds if options.noise is None else None,
-            dtype=dtype,
-            model_dtype=options.model_dtype or self.model_dtype,
-        )
+        options.seed = begin.seeds if options.noise is None else None
 
         def eagerly() -> Any:
             x = begin.x
             if x is None:
                 x = self._noised(plans, _draw(begin.shape, begin.seeds, begin.device, dtype), None)
-            return run_with(plans, self.model, x, run)
+            return run_with(plans, self.model, x, options)
 
         if self.graphs is None:
             return eagerly()
-        request = make_request(plans, self.model, begin.x, run, shape=begin.shape, device=begin.device)
+        request = make_request(plans, self.model, begin.x, options, shape=begin.shape, device=begin.device)
         return self.graphs.run(request, eagerly)
 
     def _begin(
@@ -257,9 +253,6 @@ class Sampler:
             raise TypeError("x0 goes with one plan: the rows of several begin at levels of their own")
         start = float(plans.times[0])
         return self.schedule.alpha(start) * _check_x0(x0, z) + self.schedule.sigma(start) * z
-
-
-_RUN_FIELDS = [f for f in dataclasses.fields(RunOptions) if f.name not in ("seed", "dtype", "model_dtype")]
 
 
 def _draw(shape: tuple[int, ...], seeds: list[int] | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -19,11 +19,17 @@ from pydiff.run.options import InitOptions, Seed, takes
 from pydiff.run.state import State
 
 
-def seed_values(seed: Seed | None, rows: int) -> list[int]:
+class Seeds(list[int]):
+    """One seed for each row, as `seed_values` has checked them."""
+
+
+def seed_values(seed: Seed | None, rows: int) -> Seeds:
     """One seed a row: the given ones; from one number s the seeds s, s + 1, ...; from None random ones.
 
     Raises: TypeError for what are no integers; ValueError for another number of them, or beyond 64 bits.
     """
+    if isinstance(seed, Seeds) and len(seed) == rows:
+        return seed
     if seed is None:
         seed = int(torch.randint(0, 2**62, ()))
     if isinstance(seed, (bool, float)):
@@ -40,7 +46,7 @@ def seed_values(seed: Seed | None, rows: int) -> list[int]:
     outside = [s for s in values if not -(2**63) <= s < 2**63]
     if outside:
         raise ValueError(f"seed must fit 64 bits, got {outside[0]}")
-    return values
+    return Seeds(values)
 
 
 def row_seeds(seed: Seed | None, rows: int, device: torch.device) -> torch.Tensor:

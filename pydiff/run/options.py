@@ -48,7 +48,7 @@ class StageInfo(NamedTuple):
 Callback = Callable[[StageInfo], Any]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class StateOptions:
     """What a state begins with, beside the plan and x."""
 
@@ -76,7 +76,7 @@ class StateOptions:
         return {name: getattr(self, name) for name in ("mask", "known", "constant", "extra")}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class InitOptions(StateOptions):
     """The keyword arguments of `pydiff.init`."""
 
@@ -86,7 +86,7 @@ class InitOptions(StateOptions):
     scale of a plan has no effect."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class RunOptions(StateOptions):
     """The keyword arguments of `pydiff.run_plan`."""
 
@@ -112,7 +112,7 @@ class RunOptions(StateOptions):
     possible for the model. The same samples, up to the rounding of matrix products."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class CallOptions(RunOptions):
     """The keyword arguments of a `Sampler`'s call."""
 
