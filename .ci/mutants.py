@@ -49,7 +49,7 @@ TESTS = {
     "pydiff/plans": ["tests/plans", f"{SOLVERS}compiler.py", f"{SOLVERS}identities.py", "tests/test_bad_input.py"],
     "pydiff/solvers": [
         *(f"{SOLVERS}{name}.py" for name in ("option_ranges", "compiler", "identities", "pure_noise")),
-        *("tests/test_bad_input.py", "tests/cli/test_cli.py"),
+        *("tests/test_bad_input.py", "tests/cli/test_solvers.py", "tests/cli/test_plan.py"),
         *(f"{SOLVERS}{name}.py" for name in ("orders", "stochastic", "against_diffusers", "against_k_diffusion")),
     ],
     "pydiff/run": [

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydiff.schedules.base import NoiseSchedule
 from pydiff.schedules.grid_nodes import lookup_grid
+from pydiff.schedules.suggestion import suggestion
 from pydiff.solvers import get_solver
-
-PICTURES = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".gif": "GIF",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-}
-DEFAULT_GUIDANCE = 2.0
 
 
 class UsageError(Exception):
@@ -32,12 +21,14 @@ class UsageError(Exception):
 
 
 def add_plan_options(p: argparse.ArgumentParser) -> None:
+    """The arguments of grids and solvers that `sample` and `plan` share."""
     p.add_argument("--grid", metavar="NAME", help="see `pydiff grids` (default: the schedule's)")
     p.add_argument("--grid-option", action="append", default=[], metavar="K=V", help="an option of the grid")
     p.add_argument("--option", action="append", default=[], metavar="K=V", help="an option of the solver")
 
 
 def positive_integer(text: str) -> int:
+    """An argument that counts something."""
     try:
         value = int(text)
     except ValueError:
@@ -48,6 +39,7 @@ def positive_integer(text: str) -> int:
 
 
 def finite_number(text: str) -> float:
+    """An argument that is a number, and neither infinite nor NaN."""
     try:
         value = float(text)
     except ValueError:
@@ -68,10 +60,8 @@ def parse_options(pairs: Sequence[str], flag: str, owner: str, defaults: dict[st
         if not equals or not name:
             raise UsageError(f"{flag} {pair}: give it as KEY=VALUE")
         if name not in defaults:
-            close = difflib.get_close_matches(name, defaults, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
             accepted = f"the options are {', '.join(defaults)}" if defaults else "there are none"
-            raise UsageError(f"{flag} {pair}: {owner} has no option {name!r}; {hint}{accepted}")
+            raise UsageError(f"{flag} {pair}: {owner} has no option {name!r}{suggestion(name, defaults)}; {accepted}")
         options[name] = _option_value(text, defaults[name], f"{flag} {pair}")
     return options
 
@@ -91,6 +81,7 @@ def _option_value(text: str, default: Any, where: str) -> Any:
 
 
 def solver_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `--option` gives, checked against the solver that is asked for."""
     try:
         accepted = get_solver(args.solver).options
     except ValueError as error:
@@ -99,6 +90,7 @@ def solver_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def grid_options(args: argparse.Namespace, schedule: NoiseSchedule) -> dict[str, Any]:
+    """What `--grid-option` gives, checked against the grid that `--grid` names or the schedule's own."""
     name = args.grid or schedule.default_grid
     try:
         accepted = grid_defaults(name)
@@ -114,6 +106,11 @@ def grid_defaults(name: str) -> dict[str, Any]:
 
 
 # Files.
+
+
+def as_texts(metadata: dict[str, Any]) -> dict[str, str]:
+    """Each value as text: a string as it is, all else as JSON."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
 
 
 def check_output(path: Path, flag: str) -> None:
@@ -136,14 +133,14 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def write_whole(path: Path, data: bytes, flag: str) -> None:
-    """The file appears complete or not at all."""
+def write_whole(path: Path, write: Callable[[BinaryIO], Any], flag: str) -> None:
+    """The file that `write` fills appears complete or not at all."""
     temporary = _temporary(path)
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            write(file)
         os.replace(temporary, path)
     except OSError as error:
-        raise UsageError(f"{flag} {path}: writing failed ({error.strerror}), nothing is left") from None
+        raise UsageError(f"{flag} {path}: writing failed ({error.strerror or error}), nothing of it is left") from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -45,6 +45,7 @@ def report() -> str:
 
 
 def versions() -> Iterator[Line]:
+    """The versions of pydiff and of what it runs on."""
     yield "pydiff", f"{pydiff.__version__} in {Path(pydiff.__file__).parent}"
     yield "python", f"{platform.python_version()} ({platform.python_implementation()})"
     yield "torch", torch.__version__
@@ -56,6 +57,7 @@ def versions() -> Iterator[Line]:
 
 
 def processor() -> Iterator[Line]:
+    """The processor, and what torch makes of it."""
     yield "name", _processor_name()
     yield "system", f"{platform.system()} {platform.release()}, {platform.machine()}"
     yield "cores", f"{_usable_cores()} of {os.cpu_count()} usable, {torch.get_num_threads()} threads in torch"
@@ -78,6 +80,7 @@ def _usable_cores() -> int | None:
 
 
 def compiled_code() -> Iterator[Line]:
+    """The compiled module: where it is, and what it was built for; or why there is none."""
     build = native.build_info()
     if "missing" in build:
         yield "pydiff._C", f"none: {build['missing']}"
@@ -95,6 +98,7 @@ def _listing(names: object) -> str:
 
 
 def cuda_devices() -> Iterator[Line]:
+    """What torch, the driver and each CUDA device say."""
     yield "torch's CUDA", torch.version.cuda or "none: this build of torch is for the CPU"
     yield "driver", _driver()
     if not torch.cuda.is_available():
@@ -143,6 +147,7 @@ def triton_operations() -> list[str]:
 
 
 def operations() -> Iterator[Line]:
+    """For every operation and kind of device, what runs it."""
     for name, predicate in predicates().items():
         for kind in ("cpu", "cuda"):
             yield f"{name} on {kind}", _backend(predicate, kind)
@@ -180,6 +185,7 @@ def _backend(predicate: Predicate, kind: str) -> str:
 
 
 def main() -> None:
+    """Print the report."""
     print(report())
 
 

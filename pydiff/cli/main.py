@@ -22,6 +22,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong on one line, without the usage above it."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise `UsageError` in place of printing and exiting."""
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
@@ -37,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"pydiff: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("pydiff: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print("pydiff: interrupted" + (f": {stopped}" if str(stopped) else ""), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; what it parses holds the function of the chosen one as `run`."""
     parser = Parser(
         prog="pydiff",
         allow_abbrev=False,
@@ -60,15 +62,16 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sample.add_arguments(command("sample", sample.run, "draw samples and write them as one picture"))
-    command("solvers", solvers.run, "list the solvers")
+    sample.add_arguments(command("sample", sample.run, "draw samples and write them as pictures or arrays"))
+    solvers.add_arguments(command("solvers", solvers.run, "list the solvers, or explain one"))
     plan.add_arguments(command("plan", plan.run, "print what a solver compiles to: one line a model call"))
-    command("grids", solvers.run_grids, "list the time grids")
+    solvers.add_arguments(command("grids", solvers.run_grids, "list the time grids, or explain one"))
     command("info", info_command, "versions, devices, and which operations run compiled code (or why not)")
     return parser
 
 
 def info_command(_: argparse.Namespace) -> None:
+    """`pydiff info`."""
     from pydiff.cli import info  # loads torch
 
     print(info.report())

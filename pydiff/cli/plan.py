@@ -15,6 +15,7 @@ SCHEDULES = ("vp_linear", "vp_cosine", "edm", "ve", "flow", "linear", "scaled_li
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
+    """The arguments of `pydiff plan`."""
     add = p.add_argument
     add("solver", metavar="NAME", help="see `pydiff solvers`")
     add("--steps", type=positive_integer, default=10, metavar="N", help="steps (default: 10)")
@@ -45,6 +46,7 @@ def make_schedule(name: str) -> NoiseSchedule:
 
 
 def run(args: argparse.Namespace) -> None:
+    """The command."""
     if args.json:
         check_output(args.json, "--json")
     options, schedule = solver_options(args), make_schedule(args.schedule)
@@ -63,5 +65,8 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(str(error)) from None
     print(plan)
     if args.json:
-        plan.save(args.json)
+        try:
+            plan.save(args.json)
+        except OSError as error:
+            raise UsageError(f"--json {args.json}: writing failed ({error.strerror}), nothing is left") from None
         print(f"saved to {args.json}")

@@ -122,7 +122,11 @@ def _karras(
     span: str | None = None,
     steps_offset: int = 0,
 ) -> Array:
-    """Even in ratio^(1/rho), ratio = sigma/alpha (EDM, 2206.00364, eq. 5). Options: as for `exponential`."""
+    """Even in ratio^(1/rho), ratio = sigma/alpha (EDM, 2206.00364, eq. 5).
+
+    rho: how much denser the nodes are towards the clean end; 1 is even in sigma/alpha.
+    on, span, steps_offset: as for `exponential`.
+    """
     if not (math.isfinite(rho) and rho > 0.0):
         raise ValueError(f"grid 'karras': rho = {rho!r} is not accepted; give a finite number > 0")
     t_start, t_end = _span_ends(schedule, n, t_start, t_end, span, steps_offset)
@@ -146,6 +150,7 @@ def _exponential(
     on: "ratio" places the nodes on sigma/alpha, "time" on t itself (what diffusers does for flow schedules).
     span: "leading", "trailing" or "linspace" takes the two ends from that index grid with the same number of
     nodes and `steps_offset`, as diffusers' Euler family does, instead of from t_start and t_end.
+    steps_offset: of the index grid that `span` names.
     """
     t_start, t_end = _span_ends(schedule, n, t_start, t_end, span, steps_offset)
     first, last = _axis_ends(schedule, t_start, t_end, on, "exponential")
@@ -167,7 +172,12 @@ def _beta(
     span: str | None = None,
     steps_offset: int = 0,
 ) -> Array:
-    """Quantiles of Beta(alpha, beta) between the ends (2407.12173), on t; on="ratio" is diffusers' variant."""
+    """Quantiles of Beta(alpha, beta) between the ends (2407.12173).
+
+    alpha, beta: below 1 they make the nodes denser towards the clean and the noisy end.
+    on: "time" places the nodes on t, "ratio" on sigma/alpha (diffusers' variant).
+    span, steps_offset: as for `exponential`.
+    """
     try:
         from scipy.special import betaincinv  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
@@ -205,7 +215,11 @@ def _linspace(
 def _leading(
     schedule: NoiseSchedule, n: int, t_start: float, t_end: float, *, drop_last: bool = False, steps_offset: int = 0
 ) -> Array:
-    """Multiples of floor(N/n) plus `steps_offset`; starts well below N - 1. drop_last: as for linspace."""
+    """Multiples of floor(N/n) plus `steps_offset`; starts well below N - 1.
+
+    drop_last: as for `linspace`.
+    steps_offset: added to every index.
+    """
     count = n + 1 if drop_last else n
     stride = int(t_start + 1) // count
     return np.array((np.arange(count) * stride)[::-1][:n] + steps_offset, dtype=np.float64)

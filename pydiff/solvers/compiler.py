@@ -59,7 +59,7 @@ def make_plan(
             noised to the level of x. Runs that take a mask need it.
         t_start, t_end, final_sigmas_type: the ends of the grid, see `pydiff.make_times`.
         grid_options: further arguments of the grid, by name.
-        options: the solver's own, see `pydiff plan --help` or ``pydiff.get_solver(name).options``.
+        options: the solver's own, see `pydiff solvers NAME` or ``pydiff.get_solver(name).options``.
 
     Returns: the plan, float64, validated. Its length is the number of model calls.
 

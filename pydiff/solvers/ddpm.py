@@ -27,7 +27,10 @@ def posterior_variance(s: Point, t: Point) -> tuple[float, float]:
     paper="Denoising Diffusion Probabilistic Models, 2006.11239, Alg. 2 and eq. 7",
 )
 def ddpm(b: PlanBuilder, variance: str = "small") -> None:
-    """Ancestral sampling. variance: "small" (the posterior's) or "large" (the forward step's beta)."""
+    """Ancestral sampling.
+
+    variance: "small" (the posterior's) or "large" (the forward step's beta).
+    """
     if variance not in ("small", "large"):
         raise ValueError(f"variance must be 'small' or 'large', got {variance!r}")
     for s, t in zip(b.points, b.points[1:]):
@@ -40,8 +43,9 @@ def ddpm(b: PlanBuilder, variance: str = "small") -> None:
 
 @solver("ddim", order=1, calls="1", paper="Denoising Diffusion Implicit Models, 2010.02502, eq. 12 and 16")
 def ddim(b: PlanBuilder, eta: float = 0.0, use_clipped_model_output: bool = True) -> None:
-    """DDIM. eta: 0 is deterministic, 1 is DDPM with the small variance. Between them the noise is eta times DDPM's.
+    """DDIM: the estimated x0 and the estimated noise, put together at the next noise level.
 
+    eta: 0 is deterministic, 1 is DDPM with the small variance. Between them the noise is eta times DDPM's.
     use_clipped_model_output: derive epsilon from the clipped x0 (False: from the raw output, as diffusers does by
     default). They differ only where a clip acts.
     """

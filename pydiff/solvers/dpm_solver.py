@@ -48,7 +48,14 @@ def dpm_solver_2(
     nodes: str = "log_snr",
     lower_order_final: bool | str = "auto",
 ) -> None:
-    """DPM-Solver-2, singlestep or multistep, with the midpoint or Heun form of the second term."""
+    """DPM-Solver-2, singlestep or multistep.
+
+    method: "singlestep" or "multistep".
+    solver_type: "midpoint" or "heun", the form of the second-order term.
+    nodes: of singlestep: "log_snr" puts the inner calls of a step at equal distances in log-SNR; with "grid" a step
+    spans as many intervals as it has calls and makes them at the grid's own times, as diffusers does.
+    lower_order_final: of multistep: whether the last steps are of lower order; "auto": in runs of fewer than 15 steps.
+    """
     _dpm_solver(b, 2, method, solver_type, nodes, lower_order_final, False)
 
 
@@ -69,6 +76,11 @@ def dpm_solver_3(
 ) -> None:
     """DPM-Solver-3, singlestep, or multistep started by one step each of order 1 and 2 (so of order 2 as a whole).
 
+    method: "singlestep" or "multistep".
+    solver_type: "midpoint" or "heun", the form of the second-order term; "heun" is for multistep.
+    nodes: of singlestep: "log_snr" puts the inner calls of a step at equal distances in log-SNR; with "grid" a step
+    spans as many intervals as it has calls and makes them at the grid's own times, as diffusers does.
+    lower_order_final: of multistep: whether the last steps are of lower order; "auto": in runs of fewer than 15 steps.
     compat: multistep with diffusers' half second derivative (see `multistep.derivatives`).
     """
     _dpm_solver(b, 3, method, solver_type, nodes, lower_order_final, compat)

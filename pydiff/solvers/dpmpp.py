@@ -15,7 +15,12 @@ _PAPER = "DPM-Solver++, 2211.01095"
 
 @solver("dpmpp_2s", order=2, calls="2, 1 in a step from alpha = 0 or to sigma = 0", paper=f"{_PAPER}, Alg. 1")
 def dpmpp_2s(b: PlanBuilder, solver_type: str = "midpoint", nodes: str = "log_snr") -> None:
-    """DPM-Solver++(2S): singlestep of order 2."""
+    """DPM-Solver++(2S): singlestep of order 2.
+
+    solver_type: "midpoint" or "heun", the form of the second-order term.
+    nodes: "log_snr" puts the inner calls of a step at equal distances in log-SNR; with "grid" a step spans as many
+    intervals as it has calls and makes them at the grid's own times, as diffusers does.
+    """
     check_order_options(solver_type, False)
     for block in blocks(b, 2, nodes):
         singlestep_block(b, block, "sample", solver_type, solver_type)
@@ -23,7 +28,11 @@ def dpmpp_2s(b: PlanBuilder, solver_type: str = "midpoint", nodes: str = "log_sn
 
 @solver("dpmpp_2m", order=2, calls="1", paper=f"{_PAPER}, Alg. 2")
 def dpmpp_2m(b: PlanBuilder, solver_type: str = "midpoint", lower_order_final: bool | str = "auto") -> None:
-    """DPM-Solver++(2M): multistep of order 2."""
+    """DPM-Solver++(2M): multistep of order 2.
+
+    solver_type: "midpoint" or "heun", the form of the second-order term.
+    lower_order_final: whether the last steps are of lower order; "auto": in runs of fewer than 15 steps.
+    """
     multistep(b, "sample", 2, solver_type, lower_order_final)
 
 
@@ -33,6 +42,8 @@ def dpmpp_3m(
 ) -> None:
     """DPM-Solver++(3M): multistep of order 3, started by one step each of order 1 and 2 (so of order 2 as a whole).
 
+    solver_type: "midpoint" or "heun", the form of the second-order term.
+    lower_order_final: whether the last steps are of lower order; "auto": in runs of fewer than 15 steps.
     compat: with diffusers' half second derivative (see `multistep.derivatives`).
     """
     multistep(b, "sample", 3, solver_type, lower_order_final, compat)
@@ -66,7 +77,13 @@ def dpmpp_2m_sde(
     solver_type: str = "midpoint",
     lower_order_final: bool | str = "auto",
 ) -> None:
-    """SDE-DPM-Solver++(2M). eta: 0 is DPM-Solver++(2M), 1 is the diffusion SDE itself. order: weak order, eta = 1."""
+    """SDE-DPM-Solver++(2M): multistep on the SDE. The order is the weak one, at eta = 1.
+
+    eta: 0 is DPM-Solver++(2M), 1 is the diffusion SDE itself.
+    s_noise: factor on the noise.
+    solver_type: "midpoint" or "heun", the form of the second-order term.
+    lower_order_final: whether the last steps are of lower order; "auto": in runs of fewer than 15 steps.
+    """
     check_order_options(solver_type, lower_order_final)
     if eta < 0 or s_noise < 0:
         raise ValueError(f"eta and s_noise must be at least 0, got eta={eta}, s_noise={s_noise}")

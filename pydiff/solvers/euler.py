@@ -49,7 +49,10 @@ def euler(
 ) -> None:
     """Euler's method in the noise ratio sigma / alpha. Without churn it takes DDIM's steps.
 
-    s_churn, s_tmin, s_tmax, s_noise: EDM's churn; s_tmin and s_tmax bound the noise ratio."""
+    s_churn: how much noise is added before the steps, over all of them; 0 is none, and deterministic.
+    s_tmin, s_tmax: noise is added where the noise ratio is between s_tmin and s_tmax.
+    s_noise: factor on the added noise.
+    """
     check_churn(s_churn, s_tmin, s_tmax, s_noise)
     for s, t in zip(b.points, b.points[1:]):
         hat = churn(b, s, s_churn, s_tmin, s_tmax, s_noise) if s_churn else s
@@ -68,7 +71,10 @@ def heun(
 ) -> None:
     """Heun's method (trapezoid) in the noise ratio. A step that ends at sigma = 0 is Euler's.
 
-    s_churn, s_tmin, s_tmax, s_noise: EDM's churn, as for `euler`."""
+    s_churn: how much noise is added before the steps, over all of them; 0 is none, and deterministic.
+    s_tmin, s_tmax: noise is added where the noise ratio is between s_tmin and s_tmax.
+    s_noise: factor on the added noise.
+    """
     check_churn(s_churn, s_tmin, s_tmax, s_noise)
     for s, t in zip(b.points, b.points[1:]):
         hat = churn(b, s, s_churn, s_tmin, s_tmax, s_noise) if s_churn else s

@@ -17,7 +17,7 @@ from pydiff.solvers.registry import solver
     paper="Score-Based Generative Modeling through SDEs, 2011.13456, eq. 6 and App. D",
 )
 def euler_maruyama(b: PlanBuilder, last_noise: bool = False) -> None:
-    """dx = [f x - g^2 score] dt + g dw, one explicit step an interval. order: weak order.
+    """dx = [f x - g^2 score] dt + g dw, one explicit step an interval. The order is the weak one.
 
     last_noise: also add the noise of the last step (False: return the mean, as score_sde does).
     """

@@ -64,8 +64,9 @@ def unipc(
 ) -> None:
     """UniPC-p: order p predictor (UniP), raised by one by the corrector (UniC), at one call a step.
 
-    order: 1 to 3. variant: "bh1" or "bh2", the function B(h). corrector: use UniC. predict_x0: integrate x0
-    (False: epsilon).
+    order: of the predictor, 1 to 3. variant: "bh1" or "bh2", the function B(h). corrector: use UniC.
+    predict_x0: integrate x0 (False: epsilon).
+    lower_order_final: whether the last steps are of lower order; "auto": in runs of fewer than 15 steps.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order must be 1, 2 or 3, got {order}")
