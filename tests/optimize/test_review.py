@@ -74,7 +74,7 @@ def pair(**config: Any) -> tuple[nn.Module, nn.Module]:
 
 def sampled(model: nn.Module, **options: Any) -> Tensor:
     cond = {"encoder_hidden_states": random(2, 5, 24)}
-    return pydiff.Sampler(model, "ddim", steps=2)(SHAPE, cond=cond, seed=0, **options)
+    return pydiff.Sampler(model, "ddim", steps=2, schedule=pydiff.VPLinear())(SHAPE, cond=cond, seed=0, **options)
 
 
 # ---------------------------------------------------------------------------- calls
