@@ -23,7 +23,7 @@ from pydiff.run.beginning import check_shape, distinct_plans, initial_noise, row
 from pydiff.run.conditions import check_condition
 from pydiff.run.loop import run_with
 from pydiff.run.model import Model, check_model, check_schedule_is_known, first_parameter, warn_if_training
-from pydiff.run.noise_source import from_generator
+from pydiff.run.noise_source import check_only_one, from_generator
 from pydiff.run.options import RENAMED, CallOptions, Seed, takes
 from pydiff.schedules.base import NoiseSchedule
 from pydiff.schedules.closed_form import VPLinear
@@ -112,15 +112,14 @@ class Sampler:
     @property
     def device(self) -> torch.device:
         """Where the model's first parameter is now; the CPU for a model without any."""
-        parameter = first_parameter(self.model)
-        return torch.device("cpu") if parameter is None else parameter.device
+        return _device_of(first_parameter(self.model))
 
     @property
     def model_dtype(self) -> torch.dtype:
         """The dtype of the model's input: the one given, else that of the model's first parameter, else `dtype`."""
-        if self._model_dtype is not None:
-            return self._model_dtype
-        parameter = first_parameter(self.model)
+        return self._model_dtype or self._dtype_of(first_parameter(self.model))
+
+    def _dtype_of(self, parameter: torch.Tensor | None) -> torch.dtype:
         return self.dtype if parameter is None or not parameter.dtype.is_floating_point else parameter.dtype
 
     @takes(CallOptions)
@@ -155,8 +154,9 @@ class Sampler:
         warn_if_training(self.model)
         plans = self._plans(options.plan, options.guidance_scale)
         options.dtype = dtype = options.dtype or self.dtype  # the options were made for this call
-        options.model_dtype = options.model_dtype or self.model_dtype
-        begin = self._begin(plans, shape_or_x, dtype, options)
+        parameter = first_parameter(self.model)
+        options.model_dtype = options.model_dtype or self._model_dtype or self._dtype_of(parameter)
+        begin = self._begin(plans, shape_or_x, options, _device_of(parameter))
         options.seed = begin.seeds if options.noise is None else None
 
         def eagerly() -> Any:
@@ -174,20 +174,22 @@ class Sampler:
         self,
         plans: Plan | Sequence[Plan],
         shape_or_x: Sequence[int] | torch.Tensor,
-        dtype: torch.dtype,
         options: CallOptions,
+        device: torch.device,
     ) -> Beginning:
-        generator = options.generator
+        """device: where to sample, where the call does not say."""
+        generator, dtype = options.generator, options.dtype or self.dtype
         if generator is not None and options.seed is not None:
             raise TypeError("give seed or generator, not both: either decides all noise of the run")
         if isinstance(shape_or_x, torch.Tensor):
             if options.x0 is not None or options.device is not None:
                 raise TypeError("x0 and device go with a shape: a tensor is x_T itself, on its own device")
+            check_only_one(seed=options.seed, noise=options.noise, generator=generator)
             x, rows = shape_or_x, len(shape_or_x) if shape_or_x.ndim else 0
             seeded = generator is None and options.noise is None
             return Beginning(x, tuple(x.shape), x.device, seed_values(options.seed, rows) if seeded else None)
         shape = check_shape("shape", shape_or_x)
-        device = torch.device(options.device) if options.device is not None else self.device
+        device = device if options.device is None else torch.device(options.device)
         if generator is not None:
             z = from_generator(generator, torch.empty(shape, dtype=dtype, device=device))(0)
             return Beginning(self._noised(plans, z, options.x0), shape, device, None)
@@ -253,6 +255,10 @@ class Sampler:
             raise TypeError("x0 goes with one plan: the rows of several begin at levels of their own")
         start = float(plans.times[0])
         return self.schedule.alpha(start) * _check_x0(x0, z) + self.schedule.sigma(start) * z
+
+
+def _device_of(parameter: torch.Tensor | None) -> torch.device:
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def _draw(shape: tuple[int, ...], seeds: list[int] | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

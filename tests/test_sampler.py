@@ -308,3 +308,12 @@ def test_explicit_times_need_no_steps() -> None:
     sampler = pydiff.Sampler(toy, times=times)
     assert len(sampler.plan) == 2 and torch.equal(by_times, sampler(SHAPE, seed=0))
     assert len(pydiff.Sampler(toy, times=None).plan) == 20
+
+
+def test_a_tensor_takes_its_noise_from_one_place() -> None:
+    """For a shape the seed may decide x_T and the noise the rest; where x_T is given there is nothing left for a seed."""
+    sampler = pydiff.Sampler(lambda x, t: 0.5 * x, "ddpm", 3)
+    noise = torch.zeros(3, 2, 4)
+    assert sampler((2, 4), seed=1, noise=noise).isfinite().all()
+    with pytest.raises(TypeError, match="at most one of seed, noise and generator"):
+        sampler(torch.ones(2, 4), seed=1, noise=noise)

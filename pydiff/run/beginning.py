@@ -14,8 +14,8 @@ from pydiff.ops.noise import INITIAL_DRAW, normal
 from pydiff.ops.stage import MODEL_DTYPES, StageTensors, write_model_input_reference
 from pydiff.plans import table
 from pydiff.plans.plan import Plan
-from pydiff.run.noise_source import NoiseSource, source_of
-from pydiff.run.options import InitOptions, Seed, takes
+from pydiff.run.noise_source import Noise, NoiseSource, source_of
+from pydiff.run.options import InitOptions, Seed, StateOptions, takes
 from pydiff.run.state import State
 
 
@@ -82,7 +82,6 @@ def initial_noise(shape: Sequence[int], seeds: torch.Tensor, dtype: torch.dtype 
 
 
 @takes(InitOptions)
-@torch.no_grad()
 def init(plan: Plan | Sequence[Plan], x: torch.Tensor, options: InitOptions) -> State:
     """The state before the first model call.
 
@@ -113,11 +112,21 @@ def init(plan: Plan | Sequence[Plan], x: torch.Tensor, options: InitOptions) -> 
         while not state.finished:
             state = pydiff.step(state, model(state.model_input, state.model_time, labels))
     """
+    return begin(plan, x, options, options.noise, options.copies)
+
+
+@torch.no_grad()
+def begin(
+    plan: Plan | Sequence[Plan], x: torch.Tensor, options: StateOptions, noise: Noise | None, copies: int | None
+) -> State:
+    """`init` with its arguments in one object, but for noise and copies, which a run decides.
+
+    Raises what `init` does.
+    """
     check_x(x)
     plans, row_plan = distinct_plans(plan, x.shape[0])
     operands = options.operands()
     check_operands(plans, **operands)
-    copies = options.copies
     if copies is None:
         copies = 2 if any(p.guided for p in plans) else 1
     if copies not in (1, 2):
@@ -131,7 +140,7 @@ def init(plan: Plan | Sequence[Plan], x: torch.Tensor, options: InitOptions) -> 
     registers = torch.empty((1 + slots, *x.shape), dtype=dtype, device=device)
     registers[0].copy_(x)
     registers[1:].zero_()
-    source = source_of(options.noise, plans, registers[0])
+    source = source_of(noise, plans, registers[0])
     indices = [p.indices for p in plans] if source is None else [source.indices]
     starts = np.cumsum([0, *(len(p) for p in plans)])
     cursor = _on_device(starts[:-1][row_plan], torch.int32, device)

@@ -140,13 +140,14 @@ def takes(options: type) -> Callable[[Callable[..., R]], Callable[..., R]]:
 
     def decorate(function: Callable[..., R]) -> Callable[..., R]:
         own = list(inspect.signature(function).parameters.values())[:-1]
-        names = frozenset(parameter.name for parameter in own)
+        names = [parameter.name for parameter in own]
 
         @functools.wraps(function)
         def wrapper(*args: Any, **given: Any) -> R:
-            mine = {name: given.pop(name) for name in names.intersection(given)}
-            for old in given.keys() - fields.keys():
-                given[_renamed(function, old, fields)] = given.pop(old)
+            mine = {name: given.pop(name) for name in names if name in given}
+            if not given.keys() <= fields.keys():
+                for old in given.keys() - fields.keys():
+                    given[_renamed(function, old, fields)] = given.pop(old)
             return function(*args, **mine, options=options(**given))
 
         keywords = [
