@@ -311,7 +311,7 @@ def test_explicit_times_need_no_steps() -> None:
 
 
 def test_a_tensor_takes_its_noise_from_one_place() -> None:
-    """For a shape the seed may decide x_T and the noise the rest; where x_T is given there is nothing left for a seed."""
+    """For a shape the seed may decide x_T and the noise the rest; a given x_T leaves nothing for it."""
     sampler = pydiff.Sampler(lambda x, t: 0.5 * x, "ddpm", 3)
     noise = torch.zeros(3, 2, 4)
     assert sampler((2, 4), seed=1, noise=noise).isfinite().all()
