@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import pydiff
+from pydiff.cli import main
 from pydiff.run.options import InitOptions, RunOptions
 
 SHAPE = (2, 3, 4, 4)
@@ -224,3 +225,5 @@ def test_an_error_in_a_solver_keeps_its_traceback(monkeypatch) -> None:
     with pytest.raises(TypeError, match="NoneType") as error:
         pydiff.make_plan("broken", steps=3)
     assert error.traceback[-1].name == "broken"
+    with pytest.raises(TypeError, match="NoneType"):  # no line about an argument: it is the solver that is wrong
+        main.main(["plan", "broken"])

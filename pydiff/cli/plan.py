@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
             grid_options=grid_options(args, schedule),
             **options,
         )
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from None
     print(plan)
     if args.json:

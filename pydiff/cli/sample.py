@@ -174,7 +174,7 @@ def make_sampler(args: argparse.Namespace, model: Any, guidance: float, options:
             guidance_scale=guidance,
             **options,
         )
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from None
 
 
