@@ -85,7 +85,7 @@ def _import(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:  # most likely the folder of a source tree, found by its place alone
-        remedy = f"pydiff in {__path__[0]} lacks what an installation brings; run `pip install -e .` in its source tree"
+        remedy = f"pydiff in {__path__[0]} lacks what installing it brings; in its source tree: `pip install -e .`"
         raise ModuleNotFoundError(f"{error}: {remedy}", name=error.name, path=error.path) from error
 
 

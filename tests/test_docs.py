@@ -61,14 +61,9 @@ def test_a_snippet_that_does_not_stand_alone_is_seen(tmp_path: Path) -> None:
         snippets(page)
 
 
-def test_there_are_snippets_of_both_kinds_on_every_page_that_should_have_them() -> None:
-    count = {kind: sum(s.language == kind for s in SNIPPETS) for kind in ("python", "bash")}
+def test_there_are_snippets_of_both_kinds() -> None:
+    count = {kind: sum(snippet.language == kind for snippet in SNIPPETS) for kind in ("python", "bash")}
     assert count["python"] >= 8 and count["bash"] >= 2
-    assert all("needs" not in line or re.search(r"<!-- needs: ", line) for page in PAGES for line in comments(page))
-
-
-def comments(page: Path) -> list[str]:
-    return re.findall(r"^<!--.*-->$", page.read_text(encoding="utf-8"), re.M)
 
 
 def headings(page: Path) -> set[str]:
@@ -135,8 +130,9 @@ def test_files_and_modules_that_are_named_exist(page: Path) -> None:
         text = "\n".join(re.findall(r"^  \| .* \| (.*) \|$", text, re.M))
         assert text.count("pydiff.") > 10
     folders = "benchmarks|csrc|docs|examples|kernels|pydiff|tests"
-    for name in re.findall(rf"(?<![\w/])((?:{folders})/[\w/.-]*[\w/])", text):
-        assert (ROOT / name).exists() or (ROOT / f"{name}.py").exists(), name
+    for name in re.findall(rf"(?<![\w/])((?:{folders})/[\w/.<>-]*[\w/])", text):
+        stands_for_many = "<" in name  # kernels/<op>.py
+        assert stands_for_many or (ROOT / name).exists() or (ROOT / f"{name}.py").exists(), name
     for name in re.findall(r"\b(pydiff\.\w+(?:\.\w+)*)", text):
         assert name == "pydiff._C" or is_there(name), name
 
