@@ -13,7 +13,7 @@ from pydiff.ops.native import is_plain
 from pydiff.ops.stage import StageTensors
 from pydiff.plans import table
 from pydiff.plans.plan import Plan
-from pydiff.run.beginning import begin, check_x, distinct_plans
+from pydiff.run.beginning import begin, check_x
 from pydiff.run.conditions import join, model_keywords
 from pydiff.run.model import Model, check_model, warn_if_training
 from pydiff.run.noise_source import check_only_one, from_generator
@@ -89,12 +89,11 @@ def run_with(plan: Plan | Sequence[Plan], model: Model, x: torch.Tensor, options
     check_only_one(seed=options.seed, noise=options.noise, generator=options.generator)
     check_model(model)
     check_x(x)
-    plans, _ = distinct_plans(plan, x.shape[0])
-    guided = any(p.guided for p in plans)
     dtype = options.dtype or torch.float32
-    arguments = model_arguments(options, guided, x.shape[0], x.device, options.model_dtype or dtype)
     noise = options.noise if options.generator is None else from_generator(options.generator, x.to(dtype))
-    state = begin(plan, x, options, noise, 2 if guided else 1)
+    state = begin(plan, x, options, noise, None)
+    guided = state.tensors.copies == 2
+    arguments = model_arguments(options, guided, x.shape[0], x.device, options.model_dtype or dtype)
     trajectory = [state.x.clone()] if options.return_trajectory else None
     with torch.no_grad():
         run(state, model, arguments, options, trajectory)
