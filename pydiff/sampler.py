@@ -184,7 +184,7 @@ class Sampler:
         if isinstance(shape_or_x, torch.Tensor):
             if options.x0 is not None or options.device is not None:
                 raise TypeError("x0 and device go with a shape: a tensor is x_T itself, on its own device")
-            check_only_one(seed=options.seed, noise=options.noise, generator=generator)
+            check_only_one(options.seed, options.noise, generator)
             x, rows = shape_or_x, len(shape_or_x) if shape_or_x.ndim else 0
             seeded = generator is None and options.noise is None
             return Beginning(x, tuple(x.shape), x.device, seed_values(options.seed, rows) if seeded else None)

@@ -341,7 +341,7 @@ def _key(request: Request) -> Hashable:
         _Identity(model),
         training,
         request.layout,
-        request.hoist,
+        request.options.hoist,
         structure(request.arguments),
         settings(request.layout.device),
     )

@@ -87,6 +87,7 @@ class Guard:
         self._plain = [*compress(tensors, plain)]
         self._wrapped = [t for t, is_plain in zip(tensors, plain) if not is_plain]
         self._empty_dicts = [container for _, container in self._empty]
+        self._getters = [(field.getter, field.holder) for field in self._fields]
         self._state = self._now()
 
     def holds(self) -> bool:
@@ -129,7 +130,7 @@ class Guard:
 
     def _now(self) -> _Snapshot:
         return _Snapshot(
-            [getter(holder) for _, _, getter, holder in self._fields],
+            [getter(holder) for getter, holder in self._getters],
             [*map(len, self._holders)],
             [*map(type, self._modules)],
             [*map(Tensor.data_ptr, self._plain)],

@@ -24,8 +24,7 @@ from pydiff.graph.buffers import Buffers
 from pydiff.graph.guards import Guard
 from pydiff.graph.request import Request, round_up
 from pydiff.ops.noise import INITIAL_DRAW, normal
-from pydiff.ops.stage import stage
-from pydiff.plans import table
+from pydiff.ops.stage import stage, write_first_model_input
 from pydiff.run.beginning import start
 from pydiff.run.loop import caller, hoist_out
 from pydiff.run.options import StageInfo
@@ -46,7 +45,7 @@ class Program:
     """
 
     def __init__(self, request: Request, backend: Backend, pool: Any, keep: bool):
-        self.model, self.hoist, self.layout = request.model, request.hoist, request.layout
+        self.model, self.hoist, self.layout = request.model, request.options.hoist, request.layout
         self.mode = "eager"
         self.replays = 0
         self._backend, self._pool, self._keep = backend, pool, keep
@@ -87,13 +86,7 @@ class Program:
         if self.layout.starts:
             z = t.noise[0] if t.noise is not None else normal(tables["seeds"], 0, shape[1:], dtype=x.dtype)
             start(x, tables["start_scale"].view(per_row), tables["start_noise"].view(per_row), z)
-        # No row has finished yet, so this is `write_model_input_reference` without its questions.
-        row = t.coefficients.index_select(0, t.cursor)
-        assert t.model_input is not None and t.model_time is not None
-        scaled = row[:, table.INPUT_SCALE].view(per_row) * x
-        for target in t.model_input.chunk(t.copies):
-            target.copy_(scaled)
-        t.model_time.view(t.copies, -1).copy_(row[:, table.TIME])
+        write_first_model_input(t)
         if self._hoisted is not None:
             self._hoisted.update()
         elif self._call is None:
@@ -210,9 +203,8 @@ class Program:
     # ------------------------------------------------------------------ a run
 
     def load(self, request: Request) -> None:
-        """Fill the buffers with what a request brings."""
-        with torch.no_grad():
-            self.buffers.write(request)
+        """Fill the buffers with what a request brings; with gradients off."""
+        self.buffers.write(request)
 
     def play(self, first: bool, stages: int, chosen: bool = False) -> torch.Tensor | None:
         """Enqueue `stages` stages; first: after what stands before the loop. Returns the last output of the model."""
@@ -236,17 +228,24 @@ class Program:
                 self._graphs["stage"].replay()
         return self._outputs["stage"]
 
-    @torch.no_grad()
     def run(self, request: Request) -> tuple[Any, torch.Tensor | None]:
         """What `pydiff.run_plan` returns for the request, in the program's mode; and the flags of `check_finite`."""
-        self.load(request)
-        if self.layout.starts and request.source is not None and request.source.is_function:
-            request.source.draw()
-        self.replays += 1
+        with torch.no_grad():
+            self.load(request)
+            self.replays += 1
+            if self.layout.starts and request.source is not None and request.source.is_function:
+                request.source.draw()
+            trajectory = self._play(request)
+            result = self.buffers.tensors.registers[0].clone()
+            flags = self.buffers.tables["nonfinite"].clone() if request.options.check_finite else None
+            return (result if trajectory is None else (result, torch.stack(trajectory))), flags
+
+    def _play(self, request: Request) -> list[torch.Tensor] | None:
+        """All stages of a loaded request, or up to where its callback ends it. Returns the trajectory, if wanted."""
+        options, done = request.options, 0
         x, trajectory = self.buffers.tensors.registers[0], None
-        done = 0
-        with tqdm(total=request.total, unit="call") if request.progress else contextlib.nullcontext() as bar:
-            if request.return_trajectory:
+        with tqdm(total=request.total, unit="call") if options.progress else contextlib.nullcontext() as bar:
+            if options.return_trajectory:
                 self.play(True, 0)
                 trajectory = [x.clone()]
             for span in request.spans():
@@ -258,16 +257,13 @@ class Program:
                     bar.update(span)
                 if trajectory is not None:
                     trajectory.append(x.clone())
-                if done - 1 in request.stops and request.callback is not None:
+                if done - 1 in request.stops and options.callback is not None:
                     assert m is not None
                     times = max(request.plans, key=len).model_times
                     info = StageInfo(done - 1, request.total, float(times[done - 1]), x, m.clone())
-                    if request.callback(info):
+                    if options.callback(info):
                         break
-        result, flags = x.clone(), None
-        if request.check_finite:
-            flags = self.buffers.tables["nonfinite"].clone()
-        return (result, torch.stack(trajectory)) if trajectory is not None else result, flags
+        return trajectory
 
 
 @contextlib.contextmanager

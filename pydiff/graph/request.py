@@ -14,7 +14,7 @@ from pydiff.run.beginning import check_dtypes, check_operands, check_x, distinct
 from pydiff.run.loop import callback_stops, model_arguments
 from pydiff.run.model import Model
 from pydiff.run.noise_source import NoiseSource, check_only_one, from_generator, source_of
-from pydiff.run.options import Callback, RunOptions
+from pydiff.run.options import RunOptions
 
 
 class Layout(NamedTuple):
@@ -53,7 +53,7 @@ class Request:
         seeds, source: one seed a row; the caller's noise in their place, or None.
         operands: mask, known, constant and extra, those that are given.
         stops: the stages after which the callback is called.
-        callback, progress, return_trajectory, check_finite, hoist: as in `pydiff.run.options.RunOptions`.
+        options: what the caller said besides.
     """
 
     layout: Layout
@@ -68,12 +68,8 @@ class Request:
     """Stages until the last row has finished."""
     arguments: dict[str, Any]
     operands: dict[str, torch.Tensor]
-    callback: Callback | None
     stops: frozenset[int]
-    progress: bool
-    return_trajectory: bool
-    check_finite: bool
-    hoist: bool
+    options: RunOptions
 
     @property
     def rows_of_tables(self) -> int:
@@ -82,9 +78,9 @@ class Request:
 
     def spans(self) -> list[int]:
         """The run cut into numbers of stages between which the host has something to do."""
-        if not self.stops and not self.return_trajectory and self.source is None:
+        each = self.options.return_trajectory or (self.source is not None and self.source.is_function)
+        if not each and not self.stops:
             return [self.total]
-        each = self.return_trajectory or (self.source is not None and self.source.is_function)
         ends = range(1, self.total + 1) if each else sorted({*(k + 1 for k in self.stops), self.total})
         return [end - start for start, end in zip([0, *ends], ends)]
 
@@ -99,7 +95,7 @@ def make_request(
     device: torch.device,
 ) -> Request:
     """A request out of what `run_plan` takes; x may be None, to be drawn in `shape` [B, *sample] on `device`."""
-    check_only_one(seed=options.seed, noise=options.noise, generator=options.generator)
+    check_only_one(options.seed, options.noise, options.generator)
     dtype = options.dtype or torch.float32
     model_dtype = options.model_dtype or dtype
     check_dtypes(dtype, model_dtype)
@@ -141,12 +137,8 @@ def make_request(
         total=total,
         arguments=model_arguments(options, guided, shape[0], device, model_dtype),
         operands=present,
-        callback=options.callback,
         stops=callback_stops(options.callback, options.callback_stages, total),
-        progress=options.progress,
-        return_trajectory=options.return_trajectory,
-        check_finite=options.check_finite,
-        hoist=options.hoist,
+        options=options,
     )
 
 

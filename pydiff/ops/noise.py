@@ -112,18 +112,19 @@ def normal(
 
 
 def _normal(seeds: torch.Tensor, draw: int, sample_shape: Sequence[int]) -> torch.Tensor:
-    fast, reason = can_use_native(seeds.device)
+    device, rows = seeds.device, len(seeds)
+    fast, reason = can_use_native(device)
     if not fast:
-        native.warn_once("noise", seeds.device, reason)
+        native.warn_once("noise", device, reason)
         return normal_reference(seeds, torch.full_like(seeds, draw), sample_shape)
-    out = torch.empty((seeds.shape[0], *sample_shape), dtype=torch.float32, device=seeds.device)
+    out = torch.empty((rows, *sample_shape), dtype=torch.float32, device=device)
     seeds = seeds.contiguous()  # kept here: its address is what the compiled code gets
-    elements = out.numel() // out.shape[0] if out.shape[0] else 0
-    index = stream = -1
-    if out.device.type == "cuda":
-        index, stream = out.device.index, native.current_stream(out.device.index)
+    elements = out.numel() // rows if rows else 0
+    index, stream = -1, 0
+    if device.type == "cuda":
+        index, stream = device.index, max(native.current_stream(device.index), 0)
     threads = torch.get_num_threads()
-    native.module.normal(out.data_ptr(), seeds.data_ptr(), draw, out.shape[0], elements, threads, index, max(stream, 0))
+    native.module.normal(out.data_ptr(), seeds.data_ptr(), draw, rows, elements, threads, index, stream)
     return out
 
 

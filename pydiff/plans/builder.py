@@ -212,13 +212,14 @@ class PlanBuilder:
 
     def _slots(self) -> tuple[int, tuple[str, ...]]:
         """Length of the history ring (the farthest look back) and the names of all slots: ring first, then the base."""
-        ring, pushed = 0, 0
+        ring, pushed, has_base = 0, 0, False
         for stage in self._stages:
-            for operand in self._operands(stage):
+            operands = self._operands(stage)
+            for operand in operands:
                 if isinstance(operand, tuple) and operand[0] == "h":
                     ring = max(ring, pushed - operand[1])
             pushed += stage.push is not None
-        has_base = any("base" in self._operands(stage) for stage in self._stages)
+            has_base = has_base or "base" in operands
         names = ("h",) * ring + ("base",) * has_base
         if len(names) > table.NUM_SLOTS:
             raise PlanError(f"the solver keeps {len(names)} tensors beside x; a stage has {table.NUM_SLOTS} slots")

@@ -11,12 +11,12 @@ import torch
 
 from pydiff.ops.native import is_plain
 from pydiff.ops.noise import INITIAL_DRAW, normal
-from pydiff.ops.stage import MODEL_DTYPES, StageTensors, write_model_input_reference
+from pydiff.ops.stage import MODEL_DTYPES, StageTensors, write_first_model_input
 from pydiff.plans import table
 from pydiff.plans.plan import Plan
 from pydiff.run.noise_source import Noise, NoiseSource, source_of
 from pydiff.run.options import InitOptions, Seed, StateOptions, takes
-from pydiff.run.state import State
+from pydiff.run.state import State, first_stages
 
 
 class Seeds(list[int]):
@@ -35,7 +35,7 @@ def seed_values(seed: Seed | None, rows: int) -> Seeds:
     if isinstance(seed, (bool, float)):
         raise TypeError(f"seed must be an integer or one for each row, got {seed!r}")
     if isinstance(seed, (int, np.integer)):
-        values = [int(seed) + k for k in range(rows)]
+        values = list(range(int(seed), int(seed) + rows))
     else:
         try:
             values = [operator.index(s) for s in seed]
@@ -43,9 +43,9 @@ def seed_values(seed: Seed | None, rows: int) -> Seeds:
             raise TypeError(f"seed must be an integer or one for each row, got {seed!r:.80}") from error
     if len(values) != rows:
         raise ValueError(f"seed must be one integer or one for each of the {rows} rows, got {len(values)} seeds")
-    outside = [s for s in values if not -(2**63) <= s < 2**63]
-    if outside:
-        raise ValueError(f"seed must fit 64 bits, got {outside[0]}")
+    if values and not -(2**63) <= min(values) <= max(values) < 2**63:
+        outside = next(s for s in values if not -(2**63) <= s < 2**63)
+        raise ValueError(f"seed must fit 64 bits, got {outside}")
     return Seeds(values)
 
 
@@ -142,10 +142,9 @@ def begin(
     registers[1:].zero_()
     source = source_of(noise, plans, registers[0])
     indices = [p.indices for p in plans] if source is None else [source.indices]
-    starts = np.cumsum([0, *(len(p) for p in plans)])
-    cursor = _on_device(starts[:-1][row_plan], torch.int32, device)
-    stop = _on_device(starts[1:][row_plan], torch.int32, device)
-
+    starts = first_stages(plans, row_plan)
+    cursor = _on_device(starts, torch.int32, device)
+    stop = _on_device([start + len(plans[k]) for start, k in zip(starts, row_plan)], torch.int32, device)
     fitted = {
         name: None if value is None else expand_operand(name, value, x.shape, device=device, dtype=dtype)
         for name, value in operands.items()
@@ -166,7 +165,7 @@ def begin(
     )
     tensors.checked = True  # made to fit, just now
     _start(plans, row_plan, registers[0], seeds, source)
-    write_model_input_reference(tensors)
+    write_first_model_input(tensors)
     return State(tensors, plans, row_plan, source)
 
 

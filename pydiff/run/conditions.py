@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+MAPPINGS = (dict, Mapping)  # a dict is told at once, and need not ask the abstract class
+
 
 def model_keywords(name: str, value: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """`cond` or `uncond` as keyword arguments of the model, numpy arrays as tensors on its device.
@@ -30,7 +32,7 @@ def check_condition(name: str, value: Any) -> dict[str, Any]:
     """`cond` or `uncond` as a dictionary; TypeError for what is no mapping."""
     if value is None:
         return {}
-    if not isinstance(value, Mapping):
+    if not isinstance(value, MAPPINGS):
         raise TypeError(
             f"{name} must be a mapping of the model's keyword arguments, e.g. {name}={{'labels': y}}, "
             f"got {type(value).__name__}"
@@ -42,7 +44,7 @@ def join(uncond: Any, cond: Any, rows: int, name: str = "cond") -> Any:
     """[uncond; cond] along the batch, through nested mappings and sequences; what is equal in both stays as it is."""
     if isinstance(cond, torch.Tensor) and isinstance(uncond, torch.Tensor):
         return torch.cat([_expand(uncond, rows, f"un{name}"), _expand(cond, rows, name)])
-    if isinstance(cond, Mapping) and isinstance(uncond, Mapping):
+    if isinstance(cond, MAPPINGS) and isinstance(uncond, MAPPINGS):
         if set(cond) != set(uncond):
             odd = sorted(map(str, set(cond) ^ set(uncond)))
             raise ValueError(f"cond and uncond must hold the same names; {', '.join(odd)} stands in one of them only")
@@ -79,7 +81,9 @@ def map_leaves(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     """The same nested mappings and sequences with `function` of everything in them that is of a kind."""
     if isinstance(value, kind):
         return function(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, MAPPINGS):
         items = {key: map_leaves(item, kind, function) for key, item in value.items()}
         if type(value) is dict or not isinstance(value, MutableMapping):
             return items
@@ -96,7 +100,7 @@ def structure(value: Any) -> Hashable:
     """What two conditions have in common that differ in nothing but the contents of their tensors."""
     if isinstance(value, torch.Tensor):
         return (type(value), value.shape, value.dtype)
-    if isinstance(value, Mapping):
+    if isinstance(value, MAPPINGS):
         return (dict, tuple((key, structure(item)) for key, item in value.items()))
     if isinstance(value, (list, tuple)):
         return (type(value), tuple(structure(item) for item in value))
@@ -110,7 +114,7 @@ def copy_into(targets: Any, values: Any) -> None:
     if isinstance(targets, torch.Tensor):
         if targets is not values:
             targets.copy_(values, non_blocking=True)
-    elif isinstance(targets, Mapping):
+    elif isinstance(targets, MAPPINGS):
         for key, target in targets.items():
             copy_into(target, values[key])
     elif isinstance(targets, (list, tuple)):

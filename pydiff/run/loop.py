@@ -86,7 +86,7 @@ def run_plan(plan: Plan | Sequence[Plan], model: Model, x: torch.Tensor, options
 
 def run_with(plan: Plan | Sequence[Plan], model: Model, x: torch.Tensor, options: RunOptions) -> Any:
     """`run_plan` with its arguments in one object."""
-    check_only_one(seed=options.seed, noise=options.noise, generator=options.generator)
+    check_only_one(options.seed, options.noise, options.generator)
     check_model(model)
     check_x(x)
     dtype = options.dtype or torch.float32

@@ -57,5 +57,13 @@ def warn_if_training(model: Any) -> None:
 
 def first_parameter(model: Any) -> torch.Tensor | None:
     """The model's first parameter, which says where the model is now and in what dtype; None where it has none."""
-    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    return next((p for module in modules for p in module._parameters.values() if p is not None), None)
+    if not isinstance(model, torch.nn.Module):
+        return None
+    for parameter in model._parameters.values():
+        if parameter is not None:
+            return parameter
+    for part in model._modules.values():
+        found = first_parameter(part)
+        if found is not None:
+            return found
+    return None

@@ -87,9 +87,9 @@ def source_of(noise: Noise | None, plans: Sequence[Plan], x: torch.Tensor) -> No
     return NoiseSource(plans[0], noise, x)
 
 
-def check_only_one(**given: Any) -> None:
+def check_only_one(seed: Any, noise: Any, generator: Any) -> None:
     """Raise if more than one of seed, noise and generator is given."""
-    if sum(value is not None for value in given.values()) > 1:
+    if (seed is not None) + (noise is not None) + (generator is not None) > 1:
         raise TypeError("give at most one of seed, noise and generator")
 
 

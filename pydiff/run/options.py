@@ -73,7 +73,7 @@ class StateOptions:
 
     def operands(self) -> dict[str, torch.Tensor | None]:
         """The caller's tensors that stages may read, by name."""
-        return {name: getattr(self, name) for name in ("mask", "known", "constant", "extra")}
+        return {"mask": self.mask, "known": self.known, "constant": self.constant, "extra": self.extra}
 
 
 @dataclass(eq=False)
@@ -144,7 +144,7 @@ def takes(options: type) -> Callable[[Callable[..., R]], Callable[..., R]]:
 
         @functools.wraps(function)
         def wrapper(*args: Any, **given: Any) -> R:
-            mine = {name: given.pop(name) for name in names if name in given}
+            mine = {name: given.pop(name) for name in names[len(args) :] if name in given}
             if not given.keys() <= fields.keys():
                 for old in given.keys() - fields.keys():
                     given[_renamed(function, old, fields)] = given.pop(old)

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 
 from pydiff.ops.stage import FIELDS, StageTensors, stage, write_model_input_reference
@@ -84,7 +84,7 @@ class State:
         return self.tensors.cursor - self._starts()
 
     def _starts(self) -> torch.Tensor:
-        return torch.as_tensor(_first_stages(self.plans, self.row_plan), dtype=torch.int32, device=self.x.device)
+        return torch.as_tensor(first_stages(self.plans, self.row_plan), dtype=torch.int32, device=self.x.device)
 
     def nonfinite(self) -> dict[int, int]:
         """Rows whose model output was not finite, with the stage (in the row's plan) at which that was first seen.
@@ -196,14 +196,15 @@ class State:
         return state
 
 
-def _first_stages(plans: Sequence[Plan], row_plan: Sequence[int]) -> np.ndarray:
+def first_stages(plans: Sequence[Plan], row_plan: Sequence[int]) -> list[int]:
     """Where each row's plan begins in the tables."""
-    return np.cumsum([0, *(len(p) for p in plans)])[list(row_plan)]
+    starts = [0, *accumulate(map(len, plans))]
+    return [starts[k] for k in row_plan]
 
 
 def nonfinite_rows(flags: torch.Tensor, plans: Sequence[Plan], row_plan: Sequence[int]) -> dict[int, int]:
     """Rows flagged by the stage operation ([B] int32), with the stage in the row's plan; waits for the device."""
-    starts = _first_stages(plans, row_plan).tolist()
+    starts = first_stages(plans, row_plan)
     return {row: flag - start for row, (flag, start) in enumerate(zip(flags.tolist(), starts)) if flag >= 0}
 
 

@@ -28,6 +28,7 @@ import torch
 from pydiff.ops import library, native
 from pydiff.ops.stage import compiled
 from pydiff.ops.stage.reference import stage_reference as stage_reference
+from pydiff.ops.stage.reference import write_first_model_input as write_first_model_input
 from pydiff.ops.stage.reference import write_model_input_reference as write_model_input_reference
 from pydiff.ops.stage.tensors import FIELDS as FIELDS
 from pydiff.ops.stage.tensors import MODEL_DTYPES as MODEL_DTYPES

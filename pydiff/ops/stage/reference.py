@@ -118,6 +118,17 @@ def stage_reference(t: StageTensors, m: torch.Tensor) -> None:
     write_model_input_reference(t)
 
 
+def write_first_model_input(t: StageTensors) -> None:
+    """`write_model_input_reference` where no row has finished yet, without its questions."""
+    c, x = t.coefficients.index_select(0, t.cursor), t.registers[0]
+    if t.model_input is not None:
+        scaled = _per_row(c[:, table.INPUT_SCALE], x) * x
+        for target in t.model_input.chunk(t.copies):
+            target.copy_(scaled)
+    if t.model_time is not None:
+        t.model_time.view(t.copies, -1).copy_(c[:, table.TIME])
+
+
 def write_model_input_reference(t: StageTensors) -> None:
     """Write what the model is called with next, for the rows that are not finished."""
     active = t.cursor < t.stop
