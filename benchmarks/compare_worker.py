@@ -43,7 +43,8 @@ def make_plan(solver: str, steps: int = STEPS) -> Any:
 
 def stages(solver: str, x: torch.Tensor) -> harness.Entry:
     """Steps on a new state, as `stage_update.py` has them."""
-    plan, m, kept = make_plan(solver), x.flip(-1) / 10, []
+    plan, m = make_plan(solver), x.flip(-1) / 10
+    kept: list[Any] = []
 
     def renew() -> None:
         kept[:] = [pydiff.init(plan, x, seed=0)]
@@ -85,7 +86,7 @@ def captured(key: str) -> harness.Entry:
 
 
 def measurements(device: torch.device) -> dict[str, Measurement]:
-    found = {}
+    found: dict[str, Measurement] = {}
     for name, shape in SHAPES.items():
         threads = 1 if name == "tiny" else torch.get_num_threads()
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Row:
     family: str
     shape: str
     calls: int
-    tensors: list[tuple[tuple[int, ...], bool]]
+    tensors: Sequence[tuple[tuple[int, ...], bool]]
     runs: dict[str, Run]
     flops: float = 0.0
     written: int = 0
@@ -99,7 +99,7 @@ def _group_norm(workload: str, family: str, entry: dict[str, Any]) -> Iterator[R
     shape, groups, eps = tuple(entry["shape"]), entry["groups"], entry["eps"]
     activation = "silu" if family.endswith("silu") else None
 
-    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
         from pydiff.ops.group_norm import group_norm
 
         return group_norm(x, groups, weight, bias, eps, activation=activation)
@@ -129,11 +129,11 @@ class Prepared:
 
 def _sdpa(backend: SDPBackend | None) -> Run:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = [t.transpose(1, 2) for t in (q, k, v)]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if backend is None:
-            return F.scaled_dot_product_attention(*heads)
+            return F.scaled_dot_product_attention(q, k, v)
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*heads)
+            return F.scaled_dot_product_attention(q, k, v)
 
     return run
 
@@ -144,12 +144,14 @@ def _attention(workload: str, family: str, entry: dict[str, Any]) -> Iterator[Ro
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from pydiff.ops.attention import attention
 
-        return attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return attention(q, k, v)
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from pydiff.ops.attention import attention_kernel
 
-        return attention_kernel(*(t.transpose(1, 2) for t in (q, k, v)))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return attention_kernel(q, k, v)
 
     runs = {
         "pydiff": ours,

@@ -24,8 +24,7 @@ if __package__ in (None, ""):  # run as a file
 
 from benchmarks import graph_timing, harness
 from benchmarks.harness import Entries, Entry, NotMeasured, Outcome, Target
-from pydiff.ops import native
-from pydiff.ops.noise import can_use_native, normal
+from pydiff.ops.noise import can_use_native, fill_native, normal
 
 SHAPES = ((1, 4, 8, 8), (1, 4, 64, 64), (8, 4, 128, 128), (64, 4, 128, 128))
 PAST_CACHE = (1024, 4, 128, 128)  # for GPUs
@@ -57,7 +56,7 @@ def entries_for(shape: Shape, device: torch.device) -> Entries:
     entries["pydiff"] = Entry("pydiff", repeated(lambda: normal(seeds, next(draw), shape[1:])), per)
     fast, reason = can_use_native(device)
     if fast:
-        fill = repeated(lambda: native.normal(ours, seeds, next(draw)))
+        fill = repeated(lambda: fill_native(ours, seeds, next(draw)))
         entries["pydiff fill"] = Entry("pydiff fill", fill, per)
     else:
         entries["pydiff fill"] = NotMeasured(f"plain PyTorch runs, which has no such form: {reason}")

@@ -41,7 +41,7 @@ from benchmarks.harness import Entry, NotMeasured, Outcome
 from benchmarks.limits import Budget, at_most
 from benchmarks.unet_models import WORKLOADS, Inputs, Workload
 
-COMPILE = {"mode": "max-autotune-no-cudagraphs", "fullgraph": True, "dynamic": False}
+COMPILE: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs", "fullgraph": True, "dynamic": False}
 CALLS = 5  # in a round, between two synchronisations
 
 Call = Callable[[], Any]
@@ -51,7 +51,7 @@ Call = Callable[[], Any]
 # Each takes a model and its inputs and returns a function that calls it once.
 
 
-def eager(model: nn.Module, inputs: Inputs) -> Call:
+def eager(model: Callable[..., Any], inputs: Inputs) -> Call:
     return lambda: model(**inputs)
 
 
@@ -98,9 +98,9 @@ def hoisted_call(model: Any, inputs: Inputs) -> Call:
 
 
 def pydiff_optimize(model: nn.Module) -> nn.Module:
-    import pydiff.optimize
+    from pydiff import optimize
 
-    return pydiff.optimize.optimize(model, memory_format=torch.channels_last)
+    return optimize(model, memory_format=torch.channels_last)
 
 
 VARIANTS: dict[str, Callable[[Any, Inputs], Call]] = {

@@ -85,7 +85,7 @@ def _cast(value: Any, dtype: torch.dtype, channels_last: bool) -> Any:
 # ---------------------------------------------------------------------------- diffusers' models
 
 
-def sd15(smoke: bool) -> nn.Module:
+def sd15(smoke: bool) -> Any:
     from diffusers import UNet2DConditionModel
 
     small = {
@@ -98,7 +98,7 @@ def sd15(smoke: bool) -> nn.Module:
     return UNet2DConditionModel(**(SD15 | small if smoke else SD15))
 
 
-def sdxl(smoke: bool) -> nn.Module:
+def sdxl(smoke: bool) -> Any:
     from diffusers import UNet2DConditionModel
 
     small = {
@@ -133,6 +133,8 @@ def text_unet_inputs(model: Any, smoke: bool) -> Inputs:
 class Decoder(nn.Module):
     """An autoencoder's `decode` as the forward of a module."""
 
+    vae: Any
+
     def __init__(self, vae: nn.Module):
         super().__init__()
         self.vae = vae
@@ -155,7 +157,7 @@ def vae_inputs(model: Any, smoke: bool) -> Inputs:
     return {"latents": torch.randn(1, 4, size, size)}
 
 
-def ddpm_cifar10(smoke: bool) -> nn.Module:
+def ddpm_cifar10(smoke: bool) -> Any:
     from diffusers import UNet2DModel
 
     small = {"sample_size": 16, "block_out_channels": (32, 32, 64, 64)}

@@ -13,7 +13,8 @@ diffusers   `set_timesteps(20)`, noise from a generator times `init_noise_sigma`
             the model and `step`, as a pipeline does; `set_begin_index(0)` spares it a search.
 
 Fixed and per step are measured, not derived: both are called with 10, 20, 30 and 40 steps, in turn, and in every round
-a line is fitted to the four times. The residual is how far the medians of the four are from their own line, at most.
+a line is fitted to the four times. The residual is how far the medians of the four are from their own line, at most;
+where it is more than a tenth of the fixed part, the line for README.md leaves both parts out.
 
 Before anything is timed the samples have to be right, for each number of steps, and for 20 with a model that looks at
 x and t too: `sampler(shape, seed)` has to be `run_plan` on the same noise, bit for bit, and diffusers' sample has to be
@@ -91,6 +92,11 @@ class Split:
     step: Outcome
     residual: float | None
 
+    @property
+    def is_line(self) -> bool:
+        """Whether the fixed part is more than what the times are off their line by: ten times as much."""
+        return self.residual is not None and isinstance(self.fixed, Timing) and self.residual < self.fixed.median / 10
+
     def to_dict(self) -> dict[str, Any]:
         us = None if self.residual is None else 1e6 * self.residual
         return {"fixed": self.fixed.to_dict(), "step": self.step.to_dict(), "residual_us": us}
@@ -158,13 +164,15 @@ def duration(seconds: float) -> str:
 def readme_line(row: Row, result: str) -> str:
     """A line of the table in README.md: what, pydiff, compared with, ratio, command, result."""
     found, cells = row["outcomes"], [f"{SOLVERS[row['solver']]}, a whole call of {STEPS} steps, {row['shape']}"]
-    for side, name in zip(SIDES, ("", "diffusers' whole loop: ")):
+    for side, name in zip(SIDES, ("", "diffusers' whole loop")):
         whole, part = found[f"{side} {STEPS}"], row["split"][side]
         if isinstance(whole, NotMeasured) or isinstance(part.fixed, NotMeasured):
             cells.append(harness.NOT_MEASURED)
             continue
-        parts = f"{duration(part.fixed.median)} + {STEPS} x {duration(part.step.median)}"
-        cells.append(f"{duration(whole.median)} ({name}{parts})")
+        parts = [name] if name else []
+        if part.is_line:
+            parts.append(f"{duration(part.fixed.median)} + {STEPS} x {duration(part.step.median)}")
+        cells.append(f"{duration(whole.median)} ({': '.join(parts)})" if parts else duration(whole.median))
     ratio = harness.ratio(found[f"diffusers {STEPS}"], found[f"pydiff {STEPS}"])
     cells.append(harness.NOT_MEASURED if ratio is None else f"{harness.number(ratio)} x")
     return "| " + " | ".join([*cells, f"`{harness.command()}`", f"[json](benchmarks/results/{result})"]) + " |"

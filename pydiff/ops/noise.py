@@ -112,12 +112,21 @@ def normal(
 
 
 def _normal(seeds: torch.Tensor, draw: int, sample_shape: Sequence[int]) -> torch.Tensor:
-    device, rows = seeds.device, len(seeds)
-    fast, reason = can_use_native(device)
+    fast, reason = can_use_native(seeds.device)
     if not fast:
-        native.warn_once("noise", device, reason)
+        native.warn_once("noise", seeds.device, reason)
         return normal_reference(seeds, torch.full_like(seeds, draw), sample_shape)
-    out = torch.empty((rows, *sample_shape), dtype=torch.float32, device=device)
+    out = torch.empty((len(seeds), *sample_shape), dtype=torch.float32, device=seeds.device)
+    fill_native(out, seeds, draw)
+    return out
+
+
+def fill_native(out: torch.Tensor, seeds: torch.Tensor, draw: int) -> None:
+    """Fill `out` [B, *sample], float32 and contiguous, with a draw of each row's seed, int64 [B] on the same device.
+
+    For tensors that compiled code serves (`can_use_native`, `native.is_plain`); nothing is checked.
+    """
+    device, rows = out.device, len(out)
     seeds = seeds.contiguous()  # kept here: its address is what the compiled code gets
     elements = out.numel() // rows if rows else 0
     index, stream = -1, 0
@@ -125,7 +134,6 @@ def _normal(seeds: torch.Tensor, draw: int, sample_shape: Sequence[int]) -> torc
         index, stream = device.index, max(native.current_stream(device.index), 0)
     threads = torch.get_num_threads()
     native.module.normal(out.data_ptr(), seeds.data_ptr(), draw, rows, elements, threads, index, stream)
-    return out
 
 
 def _normal_fake(seeds: torch.Tensor, draw: int, sample_shape: Sequence[int]) -> torch.Tensor:

@@ -257,6 +257,8 @@ def test_the_noise_benchmark_runs(monkeypatch, tmp_path):
     result = noise.main(["--quick", "--out", str(tmp_path / "noise.json")])
     assert [list(row["outcomes"]) for row in result["rows"]] == [list(noise.COLUMNS)] * len(result["rows"])
     assert result["rows"][0]["outcomes"]["normal_"]["median_us"] > 0 and len(result["targets"]) == 1
+    fast, _ = noise.can_use_native(torch.device("cpu"))
+    assert not fast or result["rows"][0]["outcomes"]["pydiff fill"]["median_us"] > 0
 
 
 @pytest.mark.gpu

@@ -49,6 +49,17 @@ def test_what_is_no_line_has_a_residual():
     assert found.residual == pytest.approx(1.0) and found.to_dict()["residual_us"] == pytest.approx(1e6)
 
 
+def test_parts_are_given_where_the_times_lie_on_a_line():
+    straight, bent = line(5.0, 2.0), line(5.0, 2.0, at20=47.0)
+    assert whole_call.split(straight).is_line and not whole_call.split(bent).is_line
+    assert not whole_call.split(line(-5.0, 2.0)).is_line
+    for timings, parts in ((straight, "45000.00 ms (5000.00 ms + 20 x 2000.00 ms)"), (bent, "47000.00 ms")):
+        found = {f"{side} {n}": t for side in whole_call.SIDES for n, t in timings.items()}
+        split = whole_call.split(timings)
+        made = {"solver": "euler", "shape": [1], "outcomes": found, "split": dict.fromkeys(whole_call.SIDES, split)}
+        assert whole_call.readme_line(made, "r.json").split(" | ")[1] == parts
+
+
 def test_without_one_of_the_times_there_is_no_split():
     found = whole_call.split({**line(5.0, 2.0), 30: NotMeasured("why")})
     assert found.fixed == found.step == NotMeasured("why") and found.residual is None
@@ -93,8 +104,9 @@ def test_lines_for_the_readme_are_printed(quick):
         what, ours, rival, ratio, command, source = (cell.strip() for cell in text.strip("|").split("|"))
         assert what == f"{whole_call.SOLVERS[row['solver']]}, a whole call of 20 steps, [1, 4, 8, 8]"
         number = r"-?[\d.]+ [um]s"
-        assert re.fullmatch(rf"{number} \({number} \+ 20 x {number}\)", ours), ours
-        assert re.fullmatch(rf"{number} \(diffusers' whole loop: {number} \+ 20 x {number}\)", rival), rival
+        parts = rf"{number} \+ 20 x {number}"
+        assert re.fullmatch(rf"{number}( \({parts}\))?", ours), ours
+        assert re.fullmatch(rf"{number} \(diffusers' whole loop(: {parts})?\)", rival), rival
         medians = [row["outcomes"][f"{side} 20"]["median_us"] for side in ("diffusers", "pydiff")]
         assert float(ratio.removesuffix(" x")) == pytest.approx(medians[0] / medians[1], rel=0.01)
         assert command == f"`{result['environment']['command']}`"
