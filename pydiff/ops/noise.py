@@ -108,7 +108,8 @@ def normal(
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     if torch.compiler.is_compiling() or not native.is_plain(seeds):
         return _normal_op(seeds, draw, sample_shape).to(dtype)
-    return _normal(seeds, draw, sample_shape).to(dtype)
+    z = _normal(seeds, draw, sample_shape)
+    return z if dtype == torch.float32 else z.to(dtype)
 
 
 def _normal(seeds: torch.Tensor, draw: int, sample_shape: Sequence[int]) -> torch.Tensor:

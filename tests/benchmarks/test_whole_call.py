@@ -175,7 +175,7 @@ def test_without_diffusers_pydiff_is_measured_alone(monkeypatch, tmp_path, capsy
     assert found["split"]["diffusers"]["fixed"]["status"] == "not measured"
     printed = capsys.readouterr().out
     assert "not measured: dpmpp_2m, diffusers: ModuleNotFoundError: No module named 'diffusers'" in printed
-    assert re.search(r"us\) \| not measured \| not measured \| `", printed)
+    assert re.search(r"us(\)| )\s*\| not measured \| not measured \| `", printed)
 
 
 @pytest.mark.gpu
