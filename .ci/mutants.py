@@ -45,6 +45,7 @@ SOLVERS = "tests/solvers/test_"
 # The tests of the longest prefix of a file's path, those that take least and see most first.
 TESTS = {
     "pydiff/schedules": ["tests/schedules", "tests/plans", f"{SOLVERS}compiler.py", "tests/test_bad_input.py"],
+    "pydiff/schedules/suggestion.py": ["tests/test_first_hour.py", "tests/test_bad_input.py"],
     "pydiff/schedules/from_config.py": ["tests/schedules/test_time_grid.py", f"{SOLVERS}against_diffusers.py"],
     "pydiff/plans": ["tests/plans", f"{SOLVERS}compiler.py", f"{SOLVERS}identities.py", "tests/test_bad_input.py"],
     "pydiff/solvers": [
@@ -53,8 +54,8 @@ TESTS = {
         *(f"{SOLVERS}{name}.py" for name in ("orders", "stochastic", "against_diffusers", "against_k_diffusion")),
     ],
     "pydiff/run": [
-        *("tests/run", "tests/test_sampler.py", "tests/test_bad_input.py", "tests/test_sampler_model.py"),
-        "tests/optimize/test_bundled.py",
+        *("tests/run", "tests/test_sampler.py", "tests/test_bad_input.py", "tests/test_first_hour.py"),
+        *("tests/test_sampler_model.py", "tests/optimize/test_bundled.py"),
     ],
     "pydiff/graph/guards.py": [f"tests/graph/test_{name}.py" for name in ("guard_reach", "guards")],
     "csrc/philox.h": ["tests/ops/test_noise.py", "tests/ops/test_stage.py"],

@@ -144,7 +144,7 @@ def takes(options: type) -> Callable[[Callable[..., R]], Callable[..., R]]:
 
         @functools.wraps(function)
         def wrapper(*args: Any, **given: Any) -> R:
-            mine = {name: given.pop(name) for name in names[len(args) :] if name in given}
+            mine = {name: given.pop(name) for name in names if name in given}
             if not given.keys() <= fields.keys():
                 for old in given.keys() - fields.keys():
                     given[_renamed(function, old, fields)] = given.pop(old)

@@ -183,6 +183,28 @@ def test_a_row_joins_where_another_has_finished() -> None:
     assert torch.equal(state.x[0], kept) and state.stages_done == 14
 
 
+def test_a_row_moves_out_of_a_batch_with_more_slots() -> None:
+    """Of which it uses none: its own plan has fewer."""
+    plan = pydiff.make_plan("ddim", steps=3)
+    wide = advance(pydiff.init([plan, PLANS[5]], noisy(2), seed=[1, 2]), 1)
+    narrow = pydiff.init(plan, noisy(2, 8), seed=[3, 4])
+    assert wide.tensors.registers.shape[0] > narrow.tensors.registers.shape[0] == 1 + plan.num_slots
+    expected = finish(wide.clone())[0]
+    narrow.copy_row_from(wide, 0, 1)
+    assert torch.equal(finish(narrow)[1], expected)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
+def test_seeds_are_all_integers_of_64_bits(seed) -> None:
+    assert pydiff.init(PLANS[0], noisy(1), seed=seed).tensors.seeds.tolist() == [seed]
+    outside = seed + (1 if seed > 0 else -1)
+    for rows, seeds in ((1, outside), (2, [5, outside])):
+        with pytest.raises(ValueError, match=f"seed must fit 64 bits, got {outside}"):
+            pydiff.init(PLANS[0], noisy(rows), seed=seeds)
+    with pytest.raises(ValueError, match=f"64 bits, got {2**63}"):
+        pydiff.init(PLANS[0], noisy(3), seed=2**63 - 2)  # whose third row has the seed after the last
+
+
 def moving(**changes):
     """Arguments of copy_row_from between two states, and what is wrong with them."""
     base = {"plan": PLANS[0], "x": noisy(2), "seed": 1}

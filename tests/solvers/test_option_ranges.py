@@ -130,6 +130,11 @@ def test_the_sde_adds_noise_in_every_step_but_the_last() -> None:
     assert [plan("euler_maruyama", last_noise=last).num_draws for last in (False, True)] == [3, 4]
 
 
+def test_a_solver_says_whether_it_adds_noise_by_default() -> None:
+    for entry in pydiff.list_solvers():
+        assert entry.stochastic == (pydiff.make_plan(entry.name, EDM, 4).num_draws > 0), entry.name
+
+
 def test_a_solver_is_summed_up_by_the_first_line_of_its_docstring() -> None:
     for entry in pydiff.list_solvers():
         assert entry.summary and entry.build.__doc__.startswith(entry.summary)
