@@ -198,6 +198,26 @@ def test_a_pipeline_is_no_model(pipe) -> None:
     assert there["sampler"].model is pipe.unet
 
 
+def test_a_model_may_have_the_parts_of_a_pipeline() -> None:
+    """What is called is a model: a wrapper around a network in `unet`, and a module that keeps its scheduler too."""
+
+    class Wrapper:
+        unet = staticmethod(model)
+
+        def __call__(self, x, t):
+            return self.unet(x, t)
+
+    class Module(nn.Module):
+        unet, scheduler = Wrapper(), object()
+
+        def forward(self, x, t):
+            return model(x, t)
+
+    expected = pydiff.run_plan(PLAN, model, torch.ones(SHAPE))
+    for one in (Wrapper(), Module().eval()):
+        assert torch.equal(pydiff.run_plan(PLAN, one, torch.ones(SHAPE)), expected)
+
+
 def test_a_scheduler_is_no_schedule(pipe) -> None:
     with pytest.raises(TypeError, match=r"DDPMScheduler.*pydiff.from_diffusers_config\(scheduler\)"):
         pydiff.Sampler(model, schedule=pipe.scheduler)

@@ -14,6 +14,7 @@ from pydiff.plans import table
 from pydiff.plans.base import PlanError
 from pydiff.plans.consistency import check_mean, mean_defect
 from pydiff.schedules.prediction import list_predictions
+from pydiff.solvers import registry
 from pydiff.solvers.compiler import make_plan
 from pydiff.solvers.registry import Solver, get_solver
 
@@ -120,12 +121,13 @@ def test_data_at_one_point_is_followed_at_every_call(solver, schedule) -> None:
 
 
 def test_an_inconsistent_solver_does_not_compile(monkeypatch) -> None:
+    monkeypatch.setattr(registry, "_SOLVERS", dict(registry._SOLVERS))
+
+    @registry.solver("wrong", order=1, calls="1", paper="none")
     def wrong(b):
         for s, t in zip(b.points, b.points[1:], strict=False):
             b.write(x=(t.sigma / s.sigma) * b.x + t.alpha * b.call(s))
 
-    entry = Solver("wrong", wrong, 1, "1", False, "none")
-    monkeypatch.setattr("pydiff.solvers.compiler.get_solver", lambda name: entry)
     with pytest.raises(PlanError, match="wrong: the coefficients are inconsistent"):
         make_plan("wrong", steps=5)
 
