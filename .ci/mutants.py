@@ -1,9 +1,11 @@
 """Mutation testing: plants faults one at a time, and lists those that no test notices.
 
     .ci/mutants --sample 20 --seed 0 --jobs 2 --out mutants.jsonl      # every Python file, and the two headers
-    .ci/mutants --only pydiff/plans --out mutants.jsonl                # what is in the file already is not run again
+    .ci/mutants --only pydiff/plans --out mutants.jsonl                # what is in the file already is not run again,
+                                                                       # unless the source has changed since
     .ci/mutants --again --out mutants.jsonl                            # but for those that survived
-    .ci/mutants --table --out mutants.jsonl                            # what tests/mutants.md holds
+    .ci/mutants --table --out mutants.jsonl                            # with the reason for each survivor, if somebody
+                                                                       # has written one into its line, as "why"
 
 Every mutant is applied in a scratch copy of the tree, and runs the tests that can see it, the fastest first, up to the
 first failure; one that runs past the time limit is noticed too. A process that has imported torch forks for each, so
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -65,6 +68,11 @@ TESTS = {
 
 def tests_of(file: str) -> list[str]:
     return TESTS[max((prefix for prefix in TESTS if file.startswith(prefix)), key=len)]
+
+
+def digest(file: str) -> str:
+    """Of a file's text: what was found out about another text says nothing."""
+    return hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:12]
 
 
 def files(only: str) -> list[str]:
@@ -211,7 +219,7 @@ def work(job: int, todo: list[tuple[str, Mutant]], out: Path, limit: float) -> N
             sound.add(by)
             old = (ROOT / file).read_text()[mutant.start : mutant.end]
             line = {"file": file, **mutant._asdict(), "old": old, "result": result, "by": by}
-            line["seconds"] = round(time.monotonic() - start, 1)
+            line |= {"seconds": round(time.monotonic() - start, 1), "source": digest(file)}
             with out.open("a") as f:
                 f.write(json.dumps(line) + "\n")
             print(f"[{job}] {file}:{mutant.line} {old[:50]!r} -> {mutant.new[:50]!r}: {result} {by}", flush=True)
@@ -226,9 +234,8 @@ def table(results: list[dict]) -> str:
     lines.append("")
     for r in results:
         if r["result"] == "survived":
-            lines.append(
-                f"- `{r['file']}:{r['line']}` `{' '.join(r['old'].split())}` -> `{' '.join(r['new'].split())}`"
-            )
+            old, new, why = (" ".join(r.get(k, "").split()) for k in ("old", "new", "why"))
+            lines.append(f"- `{r['file']}:{r['line']}` `{old}` -> `{new}`: {why or 'no reason given'}")
     return "\n".join(lines)
 
 
@@ -239,13 +246,19 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", default="", help="files whose path begins so")
     parser.add_argument("--limit", type=float, default=1200, help="seconds a mutant may take")
-    parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"), help="a line of JSON for each mutant")
+    parser.add_argument(
+        "--out", type=Path, default=Path("mutants.jsonl"), help="a line of JSON for each mutant; 'why' is ours"
+    )
     parser.add_argument("--again", action="store_true", help="try those that survived once more, and nothing else")
     parser.add_argument("--table", action="store_true", help="print the results and run nothing")
     given = parser.parse_args()
     out = given.out.resolve()
     lines = out.read_text().splitlines() if out.exists() else []
-    results = {(r["file"], r["start"], r["end"], r["new"]): r for r in map(json.loads, lines)}  # the last one counts
+    now = {file: digest(file) for file in files("")}
+    found = [r for r in map(json.loads, lines) if r["source"] == now.get(r["file"])]
+    results = {(r["file"], r["start"], r["end"], r["new"]): r for r in found}  # the last one counts
+    if len(found) < len(lines):
+        print(f"left out: {len(lines) - len(found)} results of what files held before", file=sys.stderr)
     if given.table:
         return print(table(sorted(results.values(), key=lambda r: (r["file"], r["start"]))))
     todo = [(f, m) for f in files(given.only) for m in sample(f, given.sample, given.seed)]
