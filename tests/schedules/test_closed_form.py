@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -146,6 +147,31 @@ def test_drift_and_diffusion_are_the_derivatives(schedule: NoiseSchedule) -> Non
     np.testing.assert_allclose(schedule.diffusion_squared(t), expected, rtol=1e-7, atol=1e-8)
 
 
+def test_discrete_drift_is_the_slope_of_its_segment() -> None:
+    plain, zero = CLOSED["scaled_linear"], CLOSED["zero_snr"]
+    # At an index it is that of the cleaner segment; alpha is linear on the last one before a zero terminal SNR.
+    middles = {-0.5: -0.5, 0.0: -0.5, 10.0: 9.5, 997.5: 997.5, 998.0: 997.5}
+    for schedule, segments in ((plain, middles | {998.5: 998.5, 999.0: 998.5}), (zero, middles)):
+        for t, middle in segments.items():
+            slope = (schedule.log_alpha(middle + 0.25) - schedule.log_alpha(middle - 0.25)) / 0.5
+            assert schedule.drift(t) == pytest.approx(slope, rel=1e-10)
+    assert (zero.drift(998.5), zero.drift(998.75)) == (-2.0, -4.0)
+
+
+@pytest.mark.parametrize("clean_time", [-5.0, 5.0])
+def test_a_callables_times_may_begin_anywhere(clean_time: float) -> None:
+    ends = {"t_start": clean_time + 1.0, "t_end": clean_time + 1e-3, "clean_time": clean_time}
+    schedule = FromLogSNR(lambda t: -np.log(t - clean_time), variance_preserving=False, **ends)
+    t = clean_time + np.array([1e-5, 1e-3, 0.1, 1.0])
+    np.testing.assert_allclose(schedule.t_of_log_snr(schedule.log_snr(t)), t, rtol=2 * EPS)
+    np.testing.assert_allclose(schedule.diffusion_squared(t[1:]), 2.0 * (t[1:] - clean_time), rtol=1e-7)
+
+
+def test_a_callable_is_inverted_to_the_last_bit() -> None:
+    t = np.random.default_rng(0).uniform(1e-3, 1.0, 64)
+    np.testing.assert_array_equal(FromLogSNR(np.negative).t_of_log_snr(-t), t)
+
+
 def test_callable_derivative_is_accurate_up_to_both_ends() -> None:
     t = np.geomspace(1e-3, 1.0, 101)
     np.testing.assert_allclose(CALLABLE["callable_vp"].drift(t), VPLinear().drift(t), rtol=1e-9)
@@ -180,6 +206,8 @@ def test_unreachable_log_snr_is_refused() -> None:
             schedule.t_of_log_snr(-50.0)
     with pytest.raises(ValueError, match="is not reached"):
         VE().t_of_log_snr(-math.inf)
+    with pytest.raises(ValueError, match="log_snr = 50 is not reached"):  # no time with so little noise was found
+        CALLABLE["callable_vp"].t_of_log_snr(50.0)
 
 
 @closed
@@ -187,10 +215,33 @@ def test_saves_compares_and_hashes(schedule: NoiseSchedule) -> None:
     again = NoiseSchedule.from_dict(json.loads(json.dumps(schedule.to_dict())))
     assert again == schedule and hash(again) == hash(schedule) and again is not schedule
     others = [other for other in CLOSED.values() if other is not schedule]
-    assert all(other != schedule for other in others)
+    assert all(other != schedule for other in [*others, repr(schedule), None])
     t = interior(schedule)
     np.testing.assert_array_equal(again.log_snr(t), schedule.log_snr(t))
     assert type(schedule).__name__ in repr(schedule)
+
+
+@pytest.mark.parametrize("lowest", [-0.5, -5.0, -600.0])
+def test_rounding_does_not_lead_out_of_reach(lowest: float) -> None:
+    schedule = FromLogSNR(lambda t: lowest * t)
+    assert schedule.t_of_log_snr(lowest * (1.0 + 16 * EPS)) == schedule.t_max
+    with pytest.raises(ValueError, match="is not reached"):
+        schedule.t_of_log_snr(lowest * (1.0 + 1e-9))
+
+
+def test_a_schedule_of_ones_own_may_have_other_bases() -> None:
+    class Listed:
+        names: ClassVar[list[str]] = []
+
+        def __init_subclass__(cls, under: str, **kwargs: Any) -> None:
+            super().__init_subclass__(**kwargs)
+            cls.names.append(under)
+
+    class Own(VPLinear, Listed, under="own"):
+        pass
+
+    assert Listed.names == ["own"]
+    assert NoiseSchedule.from_dict(Own(0.2).to_dict()) == Own(0.2) != VPLinear(0.2)
 
 
 def test_callables_cannot_be_saved_and_bad_descriptions_are_named() -> None:
@@ -199,6 +250,23 @@ def test_callables_cannot_be_saved_and_bad_descriptions_are_named() -> None:
     with pytest.raises(ValueError, match="schedule = 'VPLiner' is unknown"):
         NoiseSchedule.from_dict({"schedule": "VPLiner"})
     assert FromLogSNR(math.cos, 1.0, 0.1) == FromLogSNR(math.cos, 1.0, 0.1) != FromLogSNR(math.cos, 2.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("made", "meant", "t_start", "t_end"),
+    [
+        (VPLinear(), VPLinear(0.1, 20.0), 1.0, 1e-3),
+        (VPCosine(), VPCosine(0.008), 0.9946, 1e-3),
+        (VE(), VE(0.02, 100.0), 100.0, 0.02),
+        (EDM(), EDM(0.002, 80.0), 80.0, 0.002),
+        (RectifiedFlow(), RectifiedFlow(1.0), 1.0, 1e-3),
+        (DiscreteBetas.named("linear"), DiscreteBetas(np.linspace(1e-4, 0.02, 1000)), 999.0, 0.0),
+        (DiscreteBetas(named_betas("linear")), DiscreteBetas(np.linspace(1e-4, 0.02, 1000)), 999.0, 0.0),
+        (FromLogSNR(math.cos), FromLogSNR(math.cos, 1.0, 1e-3, True, clean_time=0.0, scale="half"), 1.0, 1e-3),
+    ],
+)
+def test_defaults_are_the_papers(made: NoiseSchedule, meant: NoiseSchedule, t_start: float, t_end: float) -> None:
+    assert made == meant and (made.t_start, made.t_end) == (t_start, t_end)
 
 
 @pytest.mark.parametrize(
@@ -214,11 +282,18 @@ def test_callables_cannot_be_saved_and_bad_descriptions_are_named() -> None:
         (lambda: DiscreteBetas([0.1, 0.0, 0.2]), r"betas\[1\] = 0 "),
         (lambda: DiscreteBetas([0.1, 1.0, 0.2]), r"betas\[1\] = 1 "),
         (lambda: DiscreteBetas([0.1, 1.1]), r"betas\[1\] = 1.1"),
+        (lambda: DiscreteBetas([0.1, 0.2, 1.1]), r"betas\[2\] = 1.1"),
+        (lambda: DiscreteBetas([0.1, 0.2, 0.0]), r"betas\[2\] = 0 "),
+        (lambda: DiscreteBetas([[0.1, 0.2], [0.3, 0.4]]), r"betas of shape \(2, 2\)"),
         (lambda: named_betas("cosine"), "'cosine' is unknown; known are linear"),
         (lambda: named_betas("linear", 1), "num_train_timesteps = 1"),
         (lambda: FromLogSNR(lambda t: t), "strictly decreasing"),
         (lambda: FromLogSNR(lambda t: np.minimum(-t, -0.5)), "strictly decreasing"),
         (lambda: FromLogSNR(math.cos, t_start=0.1, t_end=0.2), "t_start = 0.1"),
+        # The first of several times that is refused.
+        (lambda: VPLinear().alpha(np.array([0.5, 2.0, 3.0])), "t = .*2.0.* is not accepted"),
+        (lambda: VPLinear().t_of_log_snr(np.array([0.0, -50.0, -60.0])), "log_snr = -50 is not reached"),
+        (lambda: RectifiedFlow().drift(np.array([0.5, 1.0])), "drift is infinite at t = 1 "),
     ],
 )
 def test_bad_arguments_are_named(build, message: str) -> None:
@@ -230,7 +305,7 @@ def test_bad_arguments_are_named(build, message: str) -> None:
 
 
 @pytest.mark.parametrize("name", BETA_SCHEDULES)
-@pytest.mark.parametrize("n", [1000, 47])
+@pytest.mark.parametrize("n", [1000, 47, 2])
 def test_named_betas_match_diffusers(name: str, n: int) -> None:
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDPMScheduler(n, beta_start=0.00085, beta_end=0.012, beta_schedule=name)
@@ -266,6 +341,18 @@ def test_discrete_interpolation_is_linear_in_log_alpha() -> None:
     assert schedule.log_alpha(-0.5) == pytest.approx(0.5 * schedule.log_alpha(0.0), rel=1e-14)
     zero = CLOSED["zero_snr"]
     assert zero.alpha(998.5) == pytest.approx(0.5 * zero.alpha(998.0), rel=1e-14)
+    assert zero.t_of_log_snr(zero.log_snr(998.25)) == pytest.approx(998.25, rel=1e-14)
+
+
+def test_betas_are_the_schedules_own() -> None:
+    """Schedules compare and hash by their betas, which therefore stay what they were."""
+    given_betas = named_betas("linear", 5)
+    schedule = DiscreteBetas(given_betas)
+    for values in (schedule.betas, schedule.alphas_cumprod):
+        with pytest.raises(ValueError, match="read-only"):
+            values[0] = 0.5
+    given_betas[0] = 0.5
+    assert schedule == DiscreteBetas.named("linear", 5)
 
 
 @given(beta=st.lists(st.floats(1e-5, 0.9), min_size=2, max_size=20), fraction=st.floats(0.0, 1.0))

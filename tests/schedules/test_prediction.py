@@ -114,6 +114,7 @@ def test_regular_ends() -> None:
         (lambda: p.epsilon.weights("sample", -1.0, 1.0), "alpha = -1"),
         (lambda: p.epsilon.weights("sample", 0.0, 0.0), "not both 0"),
         (lambda: p.sample.input_scale(float("nan"), 1.0), "alpha = nan"),
+        (lambda: p.EDMPrecond().model_time(0.0, 1.0, np.array([1.0, 0.0])), "sigma = 0; call it only where"),
         (lambda: p.EDMPrecond().model_time(0.0, 1.0, 0.0), "sigma = 0; call it only where"),
         (lambda: p.EDMPrecond(sigma_data=0.0), "sigma_data = 0.0"),
         (lambda: p.EDMPrecond(output_sign=0), "output_sign = 0"),
@@ -126,10 +127,26 @@ def test_errors_name_the_cause(call, message: str) -> None:
         call()
 
 
+@pytest.mark.parametrize(
+    ("alpha", "sigma"), [(-1, 2), (2, -1), (np.inf, 1), (1, np.inf), (np.nan, 1), (1, np.nan), (0, 0)]
+)
+@pytest.mark.parametrize("kind", [p.epsilon, p.EDMPrecond()], ids=repr)
+def test_levels_that_are_none_are_refused(kind, alpha, sigma) -> None:
+    levels = np.array([0.6, alpha]), np.array([0.8, sigma])  # the first two are levels
+    for call in (
+        lambda: kind.weights("sample", *levels),
+        lambda: kind.input_scale(*levels),
+        lambda: kind.model_time(np.array([0.5, 0.5]), *levels),
+    ):
+        with pytest.raises(ValueError, match=f"{kind.name}: alpha = {alpha}, sigma = {sigma} is not accepted"):
+            call()
+
+
 def test_saves_and_compares() -> None:
     kinds = [*map(p.get_prediction, p.list_predictions()), p.EDMPrecond(1.0), p.EDMPrecond(1.0, -1)]
     for kind in kinds:
         again = p.Prediction.from_dict(json.loads(json.dumps(kind.to_dict())))
-        assert again == kind and hash(again) == hash(kind)
-    assert len(set(kinds)) == len(kinds)
+        assert again == kind == eval(repr(kind), vars(p)) and hash(again) == hash(kind)
+    assert len(set(kinds)) == len(kinds) and p.EDMPrecond() == p.EDMPrecond(0.5, 1)
+    assert p.sample != p.epsilon != "epsilon"
     assert p.get_prediction(p.score) is p.score

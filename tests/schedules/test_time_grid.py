@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pydiff.schedules import grid_nodes
 from pydiff.schedules.closed_form import EDM, VE, DiscreteBetas, RectifiedFlow, VPCosine, VPLinear
 from pydiff.schedules.from_callable import FromLogSNR
 from pydiff.schedules.from_config import from_diffusers_config
@@ -92,16 +93,19 @@ def test_each_spacing_is_even_where_it_says() -> None:
     }
     for grid, axis in axes.items():
         assert spread(grid, axis) < 1e-10, grid
-    assert spread("karras", lambda t: ratio(schedule, t) ** (1 / 3), rho=3.0) < 1e-10
+    for rho in (0.5, 1.0, 3.0):
+        assert spread("karras", lambda t: ratio(schedule, t) ** (1 / rho), rho=rho) < 1e-10  # noqa: B023
     # Negative control: the wrong axis is far from even.
     assert spread("karras", axes["logsnr"]) > 0.1
     assert spread("uniform", np.sqrt) > 0.1
+    indices = make_times(DISCRETE, 17, "quadratic")[:-1]
+    np.testing.assert_allclose(np.sqrt(indices + 1), np.linspace(np.sqrt(1000), 1, 17), rtol=1e-12)
 
 
 def test_flow_grids() -> None:
     np.testing.assert_allclose(make_times(RectifiedFlow(), 4), [1, 0.75, 0.5, 0.25, 0], atol=1e-15)
-    flow = RectifiedFlow(3.0)
-    np.testing.assert_allclose(make_times(flow, 4), flow.shift_time(np.linspace(1, 0, 5)), atol=1e-15)
+    for flow in map(RectifiedFlow, (0.5, 2.0, 3.0)):
+        np.testing.assert_allclose(make_times(flow, 4), flow.shift_time(np.linspace(1, 0, 5)), atol=1e-15)
     ended = make_times(flow, 4, t_end=0.01)
     assert ended[-2:].tolist() == [0.01, 0.0] and ended.size == 5
 
@@ -138,6 +142,34 @@ def test_whole_ends_of_an_index_grid() -> None:
     ends = {"t_start": 700.0, "t_end": 100.0}
     assert make_times(DISCRETE, 3, "linspace", **ends).tolist() == [700, 400, 100, -1]
     assert make_times(DISCRETE, 3, "linspace", final_sigmas_type="sigma_min", **ends).tolist() == [700, 500, 300, 100]
+
+
+def test_index_grids_of_one_step_and_of_all() -> None:
+    for grid, first in zip(INDEX_GRIDS, (999, 0, 999), strict=True):
+        assert make_times(DISCRETE, 1, grid).tolist() == [first, -1]
+        assert make_times(DISCRETE, 1000, grid).tolist() == list(range(999, -2, -1))
+    assert make_times(DISCRETE, 2, "linspace").tolist() == [999, 0, -1]
+
+
+def test_a_grid_of_ones_own_is_checked(monkeypatch) -> None:
+    monkeypatch.setattr(grid_nodes, "_GRIDS", dict(grid_nodes._GRIDS))
+
+    @grid_nodes.register_grid("own")
+    def own(schedule, n, t_start, t_end, *, beyond=0.0):
+        return np.linspace(t_start, t_end - beyond, n)
+
+    options = {"t_end": 0.5, "final_sigmas_type": "sigma_min"}
+    assert make_times(VPLinear(), 2, "own", **options).tolist() == [1.0, 0.75, 0.5]
+    with pytest.raises(ValueError, match=r"runs from 1 to -0.5, outside \[0, 1\]"):
+        make_times(VPLinear(), 2, "own", beyond=1.0, **options)
+
+
+@pytest.mark.parametrize("grid", ["karras", "exponential", "beta"])
+def test_a_span_starts_where_the_index_grid_does(grid: str) -> None:
+    for span in INDEX_GRIDS:
+        times, indices = make_times(DISCRETE, 10, grid, span=span), make_times(DISCRETE, 10, span)
+        assert (times[0], *times[-2:]) == (indices[0], *indices[-2:])
+    assert make_times(DISCRETE, 10, grid, span="leading", steps_offset=1)[[0, -2]].tolist() == [901, 1]
 
 
 def test_beta_grid_is_the_quantile_function() -> None:
@@ -209,6 +241,9 @@ def test_karras_and_exponential_match_k_diffusion() -> None:
 CONFIGS = [
     ("DDIMScheduler", {}),
     ("DDIMScheduler", {"set_alpha_to_one": False, "steps_offset": 1}),
+    ("DDIMScheduler", {"steps_offset": 1}),
+    ("DDIMScheduler", {"timestep_spacing": "trailing"}),
+    ("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": False}),
     ("DDPMScheduler", {"prediction_type": "sample", "timestep_spacing": "trailing"}),
     ("PNDMScheduler", {"set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True}),
     ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
@@ -228,11 +263,14 @@ CONFIGS = [
     ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
     ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 10.0}),
     ("EulerAncestralDiscreteScheduler", {}),
+    ("HeunDiscreteScheduler", {}),
+    ("HeunDiscreteScheduler", {"use_karras_sigmas": True, "timestep_spacing": "trailing"}),
     ("LMSDiscreteScheduler", {}),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_karras_sigmas": True}),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_beta_sigmas": True}),
     ("EDMEulerScheduler", {}),
+    ("EDMEulerScheduler", {"rho": 5.0}),
     ("EDMDPMSolverMultistepScheduler", {"sigma_schedule": "exponential", "sigma_max": 20.0}),
 ]
 
@@ -250,8 +288,11 @@ def test_configs_give_the_sigmas_of_diffusers(name: str, arguments: dict) -> Non
     times = make_times(schedule, n, **options)
     if hasattr(scheduler, "sigmas"):
         sigma = schedule.sigma(times) if isinstance(schedule, RectifiedFlow) else ratio(schedule, times)
+        expected = scheduler.sigmas.numpy()
+        if name == "HeunDiscreteScheduler":  # which lists the sigmas of both its calls
+            expected = np.append(expected[:1], expected[1::2])
         # They interpolate sigma, we log alpha: up to 2e-4 between indices; and alphas are float32.
-        np.testing.assert_allclose(sigma, scheduler.sigmas.numpy(), rtol=3e-4, atol=1e-6)
+        np.testing.assert_allclose(sigma, expected, rtol=3e-4, atol=1e-6)
     else:
         own = scheduler.timesteps.numpy().astype(float)
         expected = np.array(sorted(set(own), reverse=True))  # PLMS repeats its second timestep
@@ -266,6 +307,38 @@ def test_config_defaults_are_those_of_the_class(name: str) -> None:
     diffusers = pytest.importorskip("diffusers")
     full = dict(getattr(diffusers, name)().config)
     assert from_diffusers_config({"_class_name": name}) == from_diffusers_config({**full, "_class_name": name})
+
+
+def test_what_a_config_leaves_out() -> None:
+    """Options hold what the schedule does not say itself, and what flow sigmas assume."""
+    assert from_diffusers_config({"_class_name": "DDIMScheduler"})[2] == {
+        "grid": "leading",
+        "final_sigmas_type": "zero",
+        "steps_offset": 0,
+    }
+    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+        config = {**FLOW_SIGMAS, "_class_name": name}
+        full = {**config, "num_train_timesteps": 1000, "flow_shift": 1.0}
+        assert from_diffusers_config(config) == from_diffusers_config(full)
+
+
+def test_an_index_at_lambda_min_clipped_stays() -> None:
+    config = {"_class_name": "DPMSolverMultistepScheduler", "trained_betas": DISCRETE.betas.tolist()}
+    schedule, _, options = from_diffusers_config({**config, "lambda_min_clipped": DISCRETE.log_snr(900.0)})
+    assert schedule == DISCRETE and options["t_start"] == 900.0
+
+
+def test_networks_that_predict_the_negative_of_edms() -> None:
+    config = {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction", "sigma_data": 0.7}
+    assert from_diffusers_config(config)[1] == EDMPrecond(0.7, -1)
+
+
+def test_a_linear_shift_is_mu_itself() -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
+    assert from_diffusers_config({**config, "time_shift_type": "linear"}, mu=2.5)[0] == RectifiedFlow(2.5)
+
+
+FLOW_SIGMAS = {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}
 
 
 def test_strict_flow_shifts_once_and_dynamic_needs_mu() -> None:
@@ -292,6 +365,15 @@ def test_strict_flow_shifts_once_and_dynamic_needs_mu() -> None:
         ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.1}, "shift_terminal = 0.1"),
         ({"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": 1, "use_beta_sigmas": 1}, "exclude"),
+        ({**FLOW_SIGMAS, "final_sigmas_type": "sigma_min"}, "final_sigmas_type = 'sigma_min'"),
+        ({**FLOW_SIGMAS, "shift_terminal": 0.1}, "shift_terminal = 0.1"),
+        ({**FLOW_SIGMAS, "use_karras_sigmas": True}, "use_flow_sigmas with the karras grid"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas = True"),
+        ({"_class_name": "EulerDiscreteScheduler", "interpolation_type": "log_linear"}, "interpolation_type"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "sigma_min": 0.1}, "given together"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "sigma_max": 9.0}, "given together"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": 99.0}, "lambda_min_clipped = 99 leaves"),
+        ({"_class_name": "EDMEulerScheduler", "prediction_type": "sample"}, "prediction_type = 'sample'"),
     ],
 )
 def test_unsupported_configs_are_named(config: dict, message: str) -> None:
@@ -314,7 +396,10 @@ def test_unsupported_configs_are_named(config: dict, message: str) -> None:
         ((DISCRETE, 10, "karras"), {"rho": 0.0}, "rho = 0.0"),
         ((DISCRETE, 10, "karras"), {"on": "sigma"}, "on = 'sigma'"),
         ((DISCRETE, 10, "karras"), {"span": "uniform"}, "span = 'uniform' is not an index grid"),
+        ((VPLinear(), 10, "karras"), {"span": "leading"}, "needs a DiscreteBetas schedule"),
         ((DISCRETE, 10, "beta"), {"alpha": -1.0}, "alpha = -1.0"),
+        ((DISCRETE, 10, "beta"), {"alpha": 0.0}, "alpha = 0.0"),
+        ((DISCRETE, 10, "beta"), {"beta": math.inf}, "beta = inf"),
         ((DISCRETE, 10), {"final_sigmas_type": "one"}, "final_sigmas_type = 'one'"),
         ((DISCRETE, 10), {"t_start": 1000.0}, "t_start = 1000.0"),
         *[
@@ -327,7 +412,7 @@ def test_unsupported_configs_are_named(config: dict, message: str) -> None:
         ((DISCRETE, 10), {"t_start": 10.0, "t_end": 10.0}, "t_start = 10 must be above t_end = 10"),
         ((VPLinear(), 10), {"t_start": 0.1, "t_end": 0.2}, "t_start = 0.1 must be above t_end = 0.2"),
         ((DISCRETE, 1001, "trailing"), {}, "more than the 1000 training timesteps; use fewer steps"),
-        ((DISCRETE, 1000, "linspace"), {"drop_last": True}, "do not decrease; use fewer steps"),
+        ((DISCRETE, 1000, "linspace"), {"drop_last": True}, "nodes 499 and 500 are 500 and 500 .* use fewer"),
         ((DISCRETE, 1000, "leading"), {"steps_offset": 1}, r"outside \[-1, 999\]; use fewer steps or a smaller"),
         ((RectifiedFlow(), 10, "karras"), {}, "infinite at t_start = 1"),
         ((VPLinear(), 10, "logsnr"), {"t_end": 0.0}, "sigma is 0 at t_end"),
@@ -355,6 +440,7 @@ def test_user_times_are_checked(times, message: str) -> None:
 
 
 def test_user_sigmas_become_times() -> None:
+    assert check_times(VPLinear(), [1.0, 0.0]).tolist() == [1.0, 0.0]
     np.testing.assert_allclose(check_times(EDM(), sigmas=[80.0, 1.0, 0.0]), [80.0, 1.0, 0.0], rtol=1e-14)
     times = check_times(DISCRETE, sigmas=[14.0, 1.0, 0.0])
     assert times[-1] == -1.0
