@@ -167,6 +167,13 @@ def test_a_callables_times_may_begin_anywhere(clean_time: float) -> None:
     np.testing.assert_allclose(schedule.diffusion_squared(t[1:]), 2.0 * (t[1:] - clean_time), rtol=1e-7)
 
 
+def test_the_derivative_of_a_callable_that_bends_sharply() -> None:
+    schedule = FromLogSNR(lambda t: -10.0 * t - 0.009 * np.sin(1000.0 * t), variance_preserving=False)
+    t = np.linspace(0.5, 1.0, 33)
+    slope = -schedule.diffusion_squared(t) / (2.0 * schedule.sigma(t) ** 2)
+    np.testing.assert_allclose(slope, -10.0 - 9.0 * np.cos(1000.0 * t), rtol=1e-7)
+
+
 def test_a_callable_is_inverted_to_the_last_bit() -> None:
     t = np.random.default_rng(0).uniform(1e-3, 1.0, 64)
     np.testing.assert_array_equal(FromLogSNR(np.negative).t_of_log_snr(-t), t)

@@ -316,6 +316,9 @@ def test_what_a_config_leaves_out() -> None:
         "final_sigmas_type": "zero",
         "steps_offset": 0,
     }
+    for name, ending in (("DDIMScheduler", "zero"), ("PNDMScheduler", "sigma_min")):  # their set_alpha_to_one
+        config = {"_class_name": name, "steps_offset": 1}
+        assert from_diffusers_config(config)[2]["final_sigmas_type"] == ending
     for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
         config = {**FLOW_SIGMAS, "_class_name": name}
         full = {**config, "num_train_timesteps": 1000, "flow_shift": 1.0}
