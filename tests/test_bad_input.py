@@ -93,6 +93,11 @@ COMPILING = {
     "start outside": (make(steps=3, t_start=2.0), ValueError, ("t_start = 2.0", "[0, 1]")),
     "ending": (make(steps=3, final_sigmas_type="none"), ValueError, ("final_sigmas_type", "'none'", "'zero'")),
     "guidance length": (make(steps=3, guidance_scale=[1, 2]), ValueError, ("guidance_scale", "3 model calls", "(2,)")),
+    "guidance shape": (
+        make(steps=3, guidance_scale=[[1, 2, 3]]),
+        ValueError,
+        ("guidance_scale", "3 model calls", "(1, 3)"),
+    ),
     "guidance nan": (make(steps=3, guidance_scale=math.nan), ValueError, ("guidance_scale", "finite", "nan")),
     "clip order": (make(steps=3, clip=(1, -1)), ValueError, ("clip", "(1, -1)", "low < high")),
     "clip zero": (make(steps=3, clip=0.0), ValueError, ("clip", "0.0", "positive")),

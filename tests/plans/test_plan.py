@@ -64,6 +64,10 @@ INVALID = {
     "nan bound": (lambda p: changed(p, "coefficients", (1, table.CLIP), math.nan), "not finite"),
     "slot too early": (lambda p: changed(p, "coefficients", WEIGHT_OF_H0, 1.0), "stage 0 reads slot 0"),
     "slot out of range": (lambda p: changed(p, "indices", (3, table.WRITE_A), 7), r"stage 3 writes slots \[7, 0\]"),
+    "slot just out of range": (
+        lambda p: changed(p, "indices", (3, table.WRITE_A), 1),
+        r"stage 3 writes slots \[1, 0\]",
+    ),
     "same slot twice": (lambda p: changed(p, "indices", (3, table.WRITE_A), 0), "must differ"),
     "unnamed draw": (lambda p: changed(p, "coefficients", (4, table.Z1), 0.5), "stage 4 uses draw z1"),
     "unnamed known draw": (lambda p: changed(p, "coefficients", (4, table.KNOWN + 1), 0.5), "stage 4 uses draw z0"),
@@ -126,6 +130,8 @@ def test_it_prints_slots_clips_scales_and_starts() -> None:
         assert part in text
     text = str(pydiff.make_plan("unipc", EDM, 4, prediction="v_prediction"))
     assert "h0 <- d" in text and "h1 <- d" in text and "base" in text and "keeps 3 tensors" in text
+    for clip, printed in (((0, math.inf), "clip(m, 0, inf)"), ((-math.inf, 2), "clip(m, -inf, 2)")):
+        assert printed in str(compiled(clip=clip))
 
 
 @pytest.mark.parametrize("solver", [s.name for s in pydiff.list_solvers()])
@@ -256,6 +262,16 @@ def test_a_start_that_adds_noise_is_folded_into_the_stage_before() -> None:
     assert (a + churning).solver == "euler_ancestral+heun"
 
 
+def test_a_start_that_scales_is_folded_too() -> None:
+    """Where alpha falls as noise is added, x shrinks."""
+    schedule = pydiff.VPLinear()
+    a = pydiff.make_plan("ddim", schedule, times=[0.9, 0.7, 0.5], prediction="sample")
+    churning = pydiff.make_plan("heun", schedule, times=[0.5, 0.2, 0.05], prediction="sample", s_churn=1)
+    assert churning.start_scale < 1
+    joined, apart = run_both(a, churning)
+    torch.testing.assert_close(joined, apart, rtol=1e-13, atol=1e-13)
+
+
 def test_plans_that_do_not_meet_are_refused() -> None:
     a = pydiff.make_plan("ddim", EDM, times=[80, 9, 2])
     b = pydiff.make_plan("ddim", EDM, times=[3, 1, 0])
@@ -281,6 +297,26 @@ def test_the_known_region_meets_the_level_after_a_renoising_start() -> None:
     a = pydiff.make_plan("ddim", EDM, times=[80, 9, 2], known=True)
     known = concatenate(a, b).coefficients[len(a) - 1, table.KNOWN : table.KNOWN + 3]
     assert known[0] == b.alpha[0] and math.hypot(*known[1:]) == b.sigma[0] > 2
+
+
+def test_the_known_region_follows_a_start_from_the_clean_end() -> None:
+    """There it has no noise yet and takes the draw that x gets."""
+    a = pydiff.make_plan("ddim", EDM, times=[80, 9, 0], known=True)
+    restart = PlanBuilder(EDM, pydiff.get_prediction("epsilon"), np.array([4.0, 0.0]))
+    restart.renoise(1.0, 4.0)
+    restart.write(x=restart.call(restart.points[0]))
+    last = (a + restart.build("restart", known=True)).coefficients[len(a) - 1]
+    assert last[table.Z0] == 4 and last[table.KNOWN : table.KNOWN + 3].tolist() == [1, 4, 0]
+
+
+def test_the_known_region_follows_a_start_that_scales() -> None:
+    """From a noise ratio of EDM's to the same one of a VP schedule; the region keeps its own draw, the second here."""
+    schedule = pydiff.VPLinear()
+    t = schedule.t_of_log_snr(-math.log(2))
+    a = pydiff.make_plan("euler_ancestral", EDM, times=[80, 9, 2], known=True)
+    b = pydiff.make_plan("ddim", schedule, times=[t, 0.1], known=True)
+    last = (a + replace(b, start_scale=b.alpha[0])).coefficients[len(a) - 1]
+    assert last[table.KNOWN : table.KNOWN + 3].tolist() == [b.alpha[0], 0, b.sigma[0]]
 
 
 @pytest.mark.parametrize("solver", ["ddim", "euler", "heun", "dpmpp_2s", "dpm_solver_2", "ddpm", "euler_ancestral"])

@@ -132,6 +132,12 @@ def test_an_inconsistent_solver_does_not_compile(monkeypatch) -> None:
         make_plan("wrong", steps=5)
 
 
+@pytest.mark.parametrize("schedule", [pydiff.VPCosine(), pydiff.RectifiedFlow()], ids=repr)
+def test_rounding_at_a_start_near_pure_noise_is_no_fault(schedule) -> None:
+    """x is divided by a small alpha there, twice: 1e-16 becomes 1e-8 and more in a plan whose formulas are right."""
+    make_plan("unipc", schedule, 5, t_start=schedule.t_of_log_snr(-12.0), predict_x0=False)
+
+
 @pytest.mark.parametrize("start", [ZERO_SNR, pydiff.RectifiedFlow()], ids=repr)
 @pytest.mark.parametrize("solver", EXACT)
 def test_pure_noise_is_a_possible_start(solver, start) -> None:
