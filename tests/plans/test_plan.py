@@ -223,6 +223,12 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(failing, tmp_pat
     assert Plan.load(path) != plan
 
 
+def test_no_file_is_written_that_other_readers_of_json_refuse(tmp_path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        replace(compiled(), config={"note": math.nan}).save(tmp_path / "plan.json")
+    assert os.listdir(tmp_path) == []
+
+
 def noise_like(x, draws):
     return torch.randn(draws, *x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(draws))
 

@@ -42,7 +42,10 @@ REFUSED = [
     ("unipc", {"variant": "bh3"}, "variant must be"),
     ("ddpm", {"variance": "medium"}, "variance must be"),
     *[(name, {"nodes": "time"}, "nodes must be one of log_snr, grid") for name in ("dpmpp_2s", "dpm_solver_3")],
-    *[(name, {"solver_type": "ralston"}, "solver_type must be") for name in ("dpmpp_2s", "dpmpp_2m", "dpmpp_2m_sde")],
+    *[
+        (name, {"solver_type": "ralston"}, "solver_type must be")
+        for name in ("dpmpp_2s", "dpmpp_2m", "dpmpp_2m_sde", "dpm_solver_2")
+    ],
     *[(name, {"lower_order_final": "no"}, "lower_order_final must be") for name in ("dpmpp_2m", "dpmpp_2m_sde")],
     ("dpm_solver_2", {"method": "both"}, "method must be"),
     ("dpm_solver_3", {"solver_type": "heun"}, "solver_type 'heun' is defined for order 2"),
