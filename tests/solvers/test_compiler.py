@@ -91,6 +91,14 @@ def test_one_wrong_coefficient_is_noticed(solver, schedule) -> None:
         check_mean(with_coefficient(plan, -1, used[0], 1e-6))
 
 
+def test_a_wrong_amount_of_noise_is_noticed() -> None:
+    """From pure noise the weight of x carries no mean."""
+    wrong = with_coefficient(make_plan("ddim", ZERO_SNR, 6, prediction="v_prediction"), 0, table.X, 1e-6)
+    check_mean(wrong, noise=False)
+    with pytest.raises(PlanError, match="inconsistent"):
+        check_mean(wrong)
+
+
 def distance_to_the_path(plan) -> float:
     """How far x strays from alpha * c + sigma * e at any call, for data at the point c and initial noise e.
 
