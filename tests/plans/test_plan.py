@@ -68,6 +68,7 @@ INVALID = {
         lambda p: changed(p, "indices", (3, table.WRITE_A), 1),
         r"stage 3 writes slots \[1, 0\]",
     ),
+    "slot below none": (lambda p: changed(p, "indices", (3, table.WRITE_A), -2), r"stage 3 writes slots \[-2, 0\]"),
     "same slot twice": (lambda p: changed(p, "indices", (3, table.WRITE_A), 0), "must differ"),
     "unnamed draw": (lambda p: changed(p, "coefficients", (4, table.Z1), 0.5), "stage 4 uses draw z1"),
     "unnamed known draw": (lambda p: changed(p, "coefficients", (4, table.KNOWN + 1), 0.5), "stage 4 uses draw z0"),
@@ -144,6 +145,8 @@ def test_a_file_holds_every_bit(solver, tmp_path) -> None:
         assert getattr(loaded, name).tobytes() == getattr(plan, name).tobytes()
     assert np.isneginf(loaded.coefficients[:, table.CLIP]).all()  # infinities are the hard part of JSON
     assert loaded.config == plan.config and os.listdir(tmp_path) == ["plan.json"]
+    assert (loaded.targets, loaded.slot_names) == (plan.targets, plan.slot_names)
+    assert (tmp_path / "plan.json").stat().st_mode & 0o777 == 0o644  # other users may read it
 
 
 def test_what_changes_the_result_changes_the_digest() -> None:
@@ -266,6 +269,7 @@ def test_a_start_that_adds_noise_is_folded_into_the_stage_before() -> None:
         joined, apart = run_both(a, second)
         torch.testing.assert_close(joined, apart, rtol=1e-13, atol=1e-13)
     assert (a + churning).solver == "euler_ancestral+heun"
+    assert (a + restart.build("restart")).times.tolist() == [80, 9, 2, 9, 1, 0]
 
 
 def test_a_start_that_scales_is_folded_too() -> None:
@@ -339,7 +343,9 @@ def test_pieces_meet_in_alpha_too(schedule) -> None:
     pieces = [pydiff.make_plan("dpmpp_2s", schedule, times=t) for t in (times[:3], times[2:])]
     whole = pydiff.make_plan("dpmpp_2s", schedule, times=times)
     assert pieces[0] + pieces[1] == whole
-    np.testing.assert_array_equal((pieces[0] + pieces[1]).alpha, whole.alpha)
+    for name in ("times", "alpha", "sigma"):
+        np.testing.assert_array_equal(getattr(pieces[0] + pieces[1], name), getattr(whole, name))
+    assert (pieces[0] + pieces[1]).solver == "dpmpp_2s"
     other = replace(pieces[1], alpha=0.9 * pieces[1].alpha)
     with pytest.raises(PlanError, match="begins at"):
         pieces[0] + other

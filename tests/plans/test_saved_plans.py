@@ -69,3 +69,4 @@ def test_a_plan_survives_as_a_dictionary() -> None:
     assert Plan.from_dict(copy.deepcopy(data)) == PLAN and data["digest"] == PLAN.digest()
     again = Plan.from_dict(json.loads(json.dumps(data)))
     assert again.to_dict() == data and again.config == PLAN.config
+    assert Plan.from_dict(json.loads(json.dumps(data, sort_keys=True))) == PLAN  # as formatters leave it

@@ -139,11 +139,21 @@ def test_an_inconsistent_solver_does_not_compile(monkeypatch) -> None:
     with pytest.raises(PlanError, match="wrong: the coefficients are inconsistent"):
         make_plan("wrong", steps=5)
 
+    @registry.solver("too much noise", order=1, calls="1", paper="none")
+    def too_much_noise(b):
+        for s, t in zip(b.points, b.points[1:], strict=False):
+            b.write(x=(1.01 * t.sigma / s.sigma) * b.x + (t.alpha - 1.01 * t.sigma * s.alpha / s.sigma) * b.call(s))
+
+    with pytest.raises(PlanError, match="too much noise: the coefficients are inconsistent"):
+        make_plan("too much noise", steps=5)
+
 
 @pytest.mark.parametrize("schedule", [pydiff.VPCosine(), pydiff.RectifiedFlow()], ids=repr)
 def test_rounding_at_a_start_near_pure_noise_is_no_fault(schedule) -> None:
     """x is divided by a small alpha there, twice: 1e-16 becomes 1e-8 and more in a plan whose formulas are right."""
-    make_plan("unipc", schedule, 5, t_start=schedule.t_of_log_snr(-12.0), predict_x0=False)
+    plan = make_plan("unipc", schedule, 5, t_start=schedule.t_of_log_snr(-12.0), predict_x0=False)
+    with pytest.raises(PlanError, match="inconsistent"):
+        check_mean(with_coefficient(plan, -1, table.X, 1e-2))
 
 
 @pytest.mark.parametrize("start", [ZERO_SNR, pydiff.RectifiedFlow()], ids=repr)
