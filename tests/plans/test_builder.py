@@ -194,6 +194,7 @@ def test_the_known_region_stands_at_the_level_after_each_stage(solver, own_draws
     np.testing.assert_array_equal(plan.weights, bare.weights)
     own = plan.indices[:-1, table.DRAW0 + own_draws]
     assert not set(own) & set(bare.indices[:, table.DRAW0 :].flat) and len(set(own)) == 2
+    assert plan.num_draws == bare.num_draws + 2  # no number is left out: a caller may have to give every draw
     assert plan != bare and (bare.coefficients[:, table.KNOWN : table.KNOWN + 3] == 0).all()
 
 

@@ -54,6 +54,33 @@ def test_a_changed_description_is_refused(tmp_path) -> None:
             load(json.dumps({**json.loads(SAVED), name: value}), tmp_path)
 
 
+RECORDED = {
+    "format": "pydiff-plan",
+    "version": 2,
+    "digest": "63a5bb7196abb86d52a3b3a02a629f52",
+    "solver": "by hand",
+    "start_scale": 1.0,
+    "start_noise": 0.0,
+    "init_std": 2.0,
+    "coefficients": [[0.25, *[0.0] * 5, 0.75, *[0.0] * 30, 1.0, 1.0, "-inf", "inf", *[0.0] * 3, 1.0, 2.0, *[0.0] * 2]],
+    "indices": [[-1, -1, -1, -1]],
+    "times": [2.0, 0.5],
+    "alpha": [1.0, 1.0],
+    "sigma": [2.0, 0.5],
+    "targets": ["sample"],
+    "slot_names": [],
+    "config": {"grid": "times"},
+    "checksum": "ffbc8d103ed9870535f3e20cfd0eaccc",
+}
+
+
+def test_the_format_is_the_recorded_one(tmp_path) -> None:
+    """Saved files are read by later releases: whoever changes the format, or what is hashed, changes its version."""
+    plan = load(json.dumps(RECORDED), tmp_path)
+    assert "x <- 0.25 x + 0.75 d" in str(plan)
+    assert plan.digest() == RECORDED["digest"] and plan.to_dict() == RECORDED
+
+
 @pytest.mark.parametrize("wrong", [math.inf, -math.inf, math.nan, 0.5, 2**31, -(2**40), "inf", None, [1]])
 def test_index_fields_hold_integers_or_the_plan_is_refused(wrong, tmp_path) -> None:
     data = json.loads(SAVED)

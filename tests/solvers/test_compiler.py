@@ -35,6 +35,7 @@ SCHEDULES = [
 OPTIONS = [
     ("ddim", {"eta": 1.0}),
     ("ddim", {"eta": 0.3, "use_clipped_model_output": False}),
+    ("ddim", {"use_clipped_model_output": False}),
     ("ddpm", {"variance": "large"}),
     ("heun", {"s_churn": 20.0}),
     ("euler", {"s_churn": 20.0}),
@@ -237,6 +238,7 @@ def test_sigmas_stand_for_times() -> None:
     np.testing.assert_allclose(make_plan("ddim", pydiff.EDM(), sigmas=[80, 4, 0]).times, [80, 4, 0], rtol=1e-14)
     vp = make_plan("ddim", sigmas=[10.0, 1.0, 0.1])
     np.testing.assert_allclose(vp.sigma / vp.alpha, [10.0, 1.0, 0.1], rtol=1e-12)
+    assert make_plan("ddim", pydiff.EDM(), sigmas=[80, 4, 0]).init_std == pydiff.EDM().init_std(80) > 79
     assert make_plan("ddim", steps=2, times=[1.0, 0.5, 0.1]) == make_plan("ddim", times=[1.0, 0.5, 0.1])
 
 
@@ -248,3 +250,5 @@ def test_the_config_says_how_it_was_compiled() -> None:
     own = make_plan("ddim", pydiff.FromLogSNR(pydiff.VPLinear().log_snr), 3)  # a function has no description
     own.to_dict()
     assert "FromLogSNR" in str(own.config["schedule"])
+    for nodes in ({"times": [0.9, 0.1]}, {"sigmas": [9.0, 1.0]}):
+        assert make_plan("ddim", **nodes).config["grid"] == "times"

@@ -133,6 +133,11 @@ def test_the_sde_adds_noise_in_every_step_but_the_last() -> None:
     assert [plan("euler_maruyama", last_noise=last).num_draws for last in (False, True)] == [3, 4]
 
 
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_ancestral_sampling_adds_no_noise_to_the_clean_end(variance) -> None:
+    assert pydiff.make_plan("ddpm", EDM, times=[80.0, 9.0, 2.0, 0.0], variance=variance).num_draws == 2
+
+
 def test_a_solver_says_whether_it_adds_noise_by_default() -> None:
     for entry in pydiff.list_solvers():
         assert entry.stochastic == (pydiff.make_plan(entry.name, EDM, 4).num_draws > 0), entry.name
