@@ -68,6 +68,7 @@ INVALID = {
         lambda p: changed(p, "indices", (3, table.WRITE_A), 1),
         r"stage 3 writes slots \[1, 0\]",
     ),
+    "half a slot": (lambda p: replace(p, indices=p.indices + 0.5), "indices must hold 32-bit integers"),
     "slot below none": (lambda p: changed(p, "indices", (3, table.WRITE_A), -2), r"stage 3 writes slots \[-2, 0\]"),
     "same slot twice": (lambda p: changed(p, "indices", (3, table.WRITE_A), 0), "must differ"),
     "unnamed draw": (lambda p: changed(p, "coefficients", (4, table.Z1), 0.5), "stage 4 uses draw z1"),
@@ -319,13 +320,13 @@ def test_the_known_region_follows_a_start_from_the_clean_end() -> None:
     assert last[table.Z0] == 4 and last[table.KNOWN : table.KNOWN + 3].tolist() == [1, 4, 0]
 
 
-def test_the_known_region_follows_a_start_that_scales() -> None:
-    """From a noise ratio of EDM's to the same one of a VP schedule; the region keeps its own draw, the second here."""
-    schedule = pydiff.VPLinear()
-    t = schedule.t_of_log_snr(-math.log(2))
-    a = pydiff.make_plan("euler_ancestral", EDM, times=[80, 9, 2], known=True)
-    b = pydiff.make_plan("ddim", schedule, times=[t, 0.1], known=True)
-    last = (a + replace(b, start_scale=b.alpha[0])).coefficients[len(a) - 1]
+@pytest.mark.parametrize("schedules", [(EDM, pydiff.VPLinear()), (pydiff.RectifiedFlow(), EDM)], ids=str)
+def test_the_known_region_follows_a_start_that_scales(schedules) -> None:
+    """On another schedule at the same noise ratio; the region keeps its own draw, the second here."""
+    first, second = ([float(s.t_of_log_snr(k)) for k in (-2, -1, 0, 1)] for s in schedules)
+    a = pydiff.make_plan("euler_ancestral", schedules[0], times=first[:3], known=True)
+    b = pydiff.make_plan("ddim", schedules[1], times=second[2:], known=True)
+    last = (a + replace(b, start_scale=b.alpha[0] / a.alpha[-1])).coefficients[len(a) - 1]
     assert last[table.KNOWN : table.KNOWN + 3].tolist() == [b.alpha[0], 0, b.sigma[0]]
 
 
