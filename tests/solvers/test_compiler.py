@@ -215,6 +215,7 @@ def test_guidance_as_number_list_and_function() -> None:
     number = make_plan("ddim", steps=4, guidance_scale=5)
     assert number.guided and (number.coefficients[:, table.GUIDANCE] == 5).all() and number == plan.with_guidance(5)
     interval = make_plan("ddim", steps=4, guidance_scale=lambda t: 3.0 if 0.3 < t < 0.8 else 1.0)
+    assert interval.guided
     inside = (plan.model_times > 0.3) & (plan.model_times < 0.8)
     assert inside.any() and (interval.coefficients[:, table.GUIDANCE] == np.where(inside, 3.0, 1.0)).all()
 
