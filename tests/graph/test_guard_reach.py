@@ -18,6 +18,25 @@ from tests.graph.models import Net
 from tests.graph.test_captured import SEEDS, check, eager, sampler
 
 
+class Wrapped(torch.Tensor):
+    """A tensor that has its numbers in another one, as quantised weights do: its own address is always 0."""
+
+    inside: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inside: torch.Tensor) -> Wrapped:
+        made = torch.Tensor._make_wrapper_subclass(cls, inside.shape, dtype=inside.dtype)
+        made.inside = inside
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inside"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError
+
+
 class Block(nn.Module):
     """A module in a module in a module, and things as models hold them."""
 
@@ -28,6 +47,7 @@ class Block(nn.Module):
         self.register_buffer("none", None)
         self.plain = torch.zeros(3)
         self.number = torch.zeros(())
+        self.sparse, self.wrapped = torch.eye(2).to_sparse(), Wrapped(torch.zeros(3))
         self.bank = [torch.zeros(3), torch.zeros(())]
         self.nested: Any = {"a": {"b": {"c": {"d": 1.0}}}}
         self.lists = [[[[1.0, 2.0]]]]
@@ -84,6 +104,8 @@ SEEN: dict[str, Callable[[Block], Any]] = {
     "dtype of a weight": widen,
     "a tensor as attribute": lambda m: setattr(m, "plain", torch.zeros(3)),
     "memory of a tensor as attribute": lambda m: m.plain.set_(torch.zeros(3)),
+    "a sparse tensor as attribute": lambda m: setattr(m, "sparse", torch.eye(2).to_sparse()),
+    "memory of what a tensor subclass wraps": lambda m: setattr(m.wrapped, "inside", torch.zeros(3)),
     "an equal number as tensor": lambda m: setattr(m, "number", torch.zeros(())),
     "a tensor in a list": lambda m: m.bank.__setitem__(0, torch.zeros(3)),
     "an equal tensor of one number in a list": lambda m: m.bank.__setitem__(1, torch.zeros(())),
@@ -117,6 +139,13 @@ def guarded(model: Any, arguments: Any = None) -> Guard:
     return guard
 
 
+def test_memory_of_a_scripted_weight() -> None:
+    model = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
+    guard = guarded(model)
+    model[0].weight.data = model[0].weight.data.clone()
+    assert not guard.holds() and "model.0.weight" in guard.difference()
+
+
 @pytest.mark.parametrize("what", SEEN)
 def test_a_change_of_the_model_is_seen_and_named(what) -> None:
     model = Block()
@@ -146,6 +175,11 @@ def test_the_limits_are_those_that_are_told() -> None:
     guard = guarded(model)
     model.nested["a"]["b"]["c"]["d"]["e"] = 2.0
     model.table[0] = 1.0
+    assert guard.holds()
+    function = fresh(with_defaults)
+    deep = function.__kwdefaults__["options"]["deep"] = {"a": {"b": {"c": {"d": 1.0}}}}
+    guard = guarded(function)
+    deep["a"]["b"]["c"]["d"] = 2.0
     assert guard.holds()
 
 
