@@ -117,6 +117,7 @@ RUNNING = {
     "plan name": (run(plan="ddim"), ValueError, ("plan", "pydiff.make_plan", "ddim")),
     "plan number": (run(plan=5), ValueError, ("plan", "pydiff.make_plan", "5")),
     "plans": (run(plan=[PLAN]), ValueError, ("plan", "one for each of the 2 rows")),
+    "a plan and a name": (run(plan=[PLAN, "ddim"]), ValueError, ("plan", "one for each of the 2 rows", "'ddim'")),
     "dtype": (run(dtype=torch.float16), ValueError, ("dtype", "torch.float32 or torch.float64", "torch.float16")),
     "model dtype": (run(model_dtype=torch.int32), ValueError, ("model_dtype", "torch.bfloat16", "torch.int32")),
     "copies": (lambda: pydiff.init(PLAN, X, copies=3), ValueError, ("copies", "1 or 2", "3")),

@@ -208,6 +208,13 @@ def test_a_nonfinite_output_is_named_in_the_plan_of_its_row() -> None:
         pydiff.run_plan(plans, lambda x, t: torch.where(per_row(t, x) == 80, torch.nan, x), x_of())
 
 
+def test_the_first_of_several_nonfinite_outputs_is_named() -> None:
+    """Where they are looked for at the end, rows differ in the stage."""
+    plan = pydiff.make_plan("ddim", steps=4)
+    error = pydiff.NonFiniteError([plan], [0, 0, 0], {0: 3, 1: 1, 2: 2})
+    assert f"stage 1 (time {plan.model_times[1]:.6g}) in row 1 and 2 more rows" in str(error)
+
+
 def test_nan_that_is_not_used_is_no_error() -> None:
     plan = pydiff.make_plan("ddim", steps=3, guidance_scale=0.0)
 

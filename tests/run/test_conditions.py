@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import NamedTuple
 
 import pytest
@@ -109,3 +110,9 @@ def test_a_dictionary_of_its_own_class_stays_one() -> None:
     given.name = "prompt"
     made = map_tensors(given, torch.zeros_like)
     assert type(made) is Named and made.name == "prompt" and made["text"].sum() == 0 and given["text"].sum() == 2
+
+
+def test_a_mapping_that_cannot_be_written_becomes_a_dictionary() -> None:
+    given = MappingProxyType({"text": torch.ones(2)})
+    made = map_tensors({"added": given}, torch.zeros_like)["added"]
+    assert type(made) is dict and made["text"].sum() == 0 and given["text"].sum() == 2

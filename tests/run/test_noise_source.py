@@ -92,10 +92,19 @@ def test_a_start_with_noise_takes_draw_zero() -> None:
     plan = pydiff.make_plan("heun", pydiff.EDM(), 4, s_churn=3.0, prediction="sample")
     noise = torch.randn(plan.num_draws, 2, 3)
     assert plan.start_noise != 0 and plan.num_draws > 1
+    started = pydiff.init(plan, torch.ones(2, 3), noise=noise).x
+    torch.testing.assert_close(started, plan.start_scale + plan.start_noise * noise[0])
     by_tensor = pydiff.run_plan(plan, toy, torch.ones(2, 3), noise=noise)
     assert torch.equal(by_tensor, pydiff.run_plan(plan, toy, torch.ones(2, 3), noise=lambda k: noise[k]))
     noise[0] += 1
     assert not torch.equal(by_tensor, pydiff.run_plan(plan, toy, torch.ones(2, 3), noise=noise))
+
+
+def test_a_function_needs_room_for_one_draw_where_a_stage_adds_one() -> None:
+    """Whatever the plan keeps besides: its history is no noise."""
+    plan = pydiff.make_plan("dpmpp_2m_sde", steps=6)
+    assert plan.num_slots > 0 and plan.num_draws > 1
+    assert NoiseSource(plan, torch.ones, torch.ones(2, 3)).buffer.shape == (1, 2, 3)
 
 
 def test_a_generator_for_the_batch_draws_whole_tensors() -> None:
