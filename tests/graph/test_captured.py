@@ -173,7 +173,7 @@ def test_callbacks_previews_and_progress(mode, capsys) -> None:
         seen.append((info.stage, info.total, info.time, info.x.clone(), info.model_output.clone()))
 
     s = sampler(mode, "dpmpp_2m", 9)
-    for steps in (1, 4, [0, 5], 100, []):
+    for steps in (1, 4, [0, 5, 9], 100, []):  # 9 is past the last
         check(s, seed=SEEDS, callback=note, callback_stages=steps, progress=True)
         ours, theirs = seen[: len(seen) // 2], seen[len(seen) // 2 :]
         assert len(ours) == len(theirs)

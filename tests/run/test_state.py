@@ -183,6 +183,15 @@ def test_a_row_joins_where_another_has_finished() -> None:
     assert torch.equal(state.x[0], kept) and state.stages_done == 14
 
 
+def test_a_row_that_joins_is_not_blamed_for_the_one_before() -> None:
+    state = pydiff.init(PLANS[0], noisy(2), seed=[1, 2])
+    finish(state, lambda x, t: torch.full_like(x, torch.nan))
+    state.copy_row_from(pydiff.init(PLANS[0], noisy(1, 8), seed=[6]), 0, 1)
+    assert state.nonfinite() == {0: 0}
+    finish(state)
+    assert state.nonfinite() == {0: 0}
+
+
 def test_a_row_moves_out_of_a_batch_with_more_slots() -> None:
     """Of which it uses none: its own plan has fewer."""
     plan = pydiff.make_plan("ddim", steps=3)
