@@ -149,6 +149,7 @@ RUNNING = {
     ),
     "mask alone": (run(KNOWN, mask=X), ValueError, ("mask and known", "together")),
     "mask uncompiled": (run(mask=X, known=X), ValueError, ("mask", "known=True")),
+    "mask uncompiled for a row": (run([KNOWN, PLAN], mask=X, known=X), ValueError, ("mask", "known=True")),
     "mask shape": (run(KNOWN, mask=torch.ones(4), known=X), ValueError, ("mask", "broadcasts to", "[2, 3]", "[4]")),
     "known type": (run(KNOWN, mask=X, known=1.0), ValueError, ("known", "tensor", "float")),
     "model": (draw(model="unet"), TypeError, ("model", "callable", "str")),

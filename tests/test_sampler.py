@@ -298,8 +298,10 @@ def test_constant_and_extra_operands() -> None:
     x, constant, extra = x_of().double(), torch.tensor(2.0), x_of((3, 1, 1, 4), seed=2)
     result = pydiff.run_plan(plan, lambda x, t: 2 * x, x, constant=constant, extra=extra, dtype=torch.float64)
     torch.testing.assert_close(result, 1.0 * (1.0 * x + 6.0) - 2.0 * extra)
-    with pytest.raises(ValueError, match="operand 'extra': give extra="):
-        pydiff.run_plan(plan, toy, x, constant=constant)
+    other = pydiff.make_plan("ddim", steps=2)
+    for plans in (plan, [other, plan, other]):  # one row that needs it is enough
+        with pytest.raises(ValueError, match="operand 'extra': give extra="):
+            pydiff.run_plan(plans, toy, x, constant=constant)
 
 
 def test_explicit_times_need_no_steps() -> None:
