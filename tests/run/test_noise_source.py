@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pydiff
+from pydiff.ops.noise import normal
 from pydiff.plans import table
 from pydiff.plans.builder import PlanBuilder
 from pydiff.run.noise_source import NoiseSource, from_generator, window
@@ -98,6 +99,14 @@ def test_a_start_with_noise_takes_draw_zero() -> None:
     assert torch.equal(by_tensor, pydiff.run_plan(plan, toy, torch.ones(2, 3), noise=lambda k: noise[k]))
     noise[0] += 1
     assert not torch.equal(by_tensor, pydiff.run_plan(plan, toy, torch.ones(2, 3), noise=noise))
+
+
+def test_a_start_with_noise_takes_draw_zero_of_the_seeds_and_no_stage_takes_it_again() -> None:
+    plan, seeds = pydiff.make_plan("heun", pydiff.EDM(), 4, s_churn=3.0, prediction="sample"), torch.tensor([5, 6])
+    noise = torch.stack([normal(seeds, k, (3,)) for k in range(plan.num_draws)])
+    assert plan.start_noise != 0
+    by_seeds = pydiff.run_plan(plan, toy, torch.ones(2, 3), seed=seeds)
+    assert torch.equal(by_seeds, pydiff.run_plan(plan, toy, torch.ones(2, 3), noise=noise))
 
 
 def test_a_function_needs_room_for_one_draw_where_a_stage_adds_one() -> None:
