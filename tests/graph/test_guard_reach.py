@@ -154,6 +154,19 @@ def test_a_change_of_the_model_is_seen_and_named(what) -> None:
     assert not guard.holds() and guard.difference()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda d: d.update(b=5.0), lambda d: d.pop("b"), lambda d: d.update(c=5.0)],
+    ids=["replaced", "removed", "added"],
+)
+def test_of_many_entries_the_one_that_changed_is_named(change) -> None:
+    model, scales = Net(), {"a": 1.0, "b": 2.0}
+    model.scales = scales
+    guard = guarded(model)
+    change(scales)
+    assert f"model.scales.{'c' if 'c' in scales else 'b'} " in guard.difference()
+
+
 def test_what_is_no_change_is_none() -> None:
     model = Block()
     guard = guarded(model)
