@@ -208,11 +208,23 @@ def test_a_nonfinite_output_is_named_in_the_plan_of_its_row() -> None:
         pydiff.run_plan(plans, lambda x, t: torch.where(per_row(t, x) == 80, torch.nan, x), x_of())
 
 
-def test_the_first_of_several_nonfinite_outputs_is_named() -> None:
-    """Where they are looked for at the end, rows differ in the stage."""
-    plan = pydiff.make_plan("ddim", steps=4)
-    error = pydiff.NonFiniteError([plan], [0, 0, 0], {0: 3, 1: 1, 2: 2})
-    assert f"stage 1 (time {plan.model_times[1]:.6g}) in row 1 and 2 more rows" in str(error)
+def test_where_the_flags_are_read_at_the_end_the_first_nonfinite_output_is_named(monkeypatch) -> None:
+    """As on a GPU, where the host would have to wait for them at every stage."""
+    monkeypatch.setattr("pydiff.run.loop._host_flags", lambda state: None)
+
+    def model(x, t):
+        m = toy(x, t)
+        calls.append(1)
+        for row, stage in first.items():
+            if len(calls) > stage:
+                m[row] = torch.nan
+        return m
+
+    plan, calls, first = pydiff.make_plan("ddim", steps=5), [], {0: 3, 1: 1, 2: 2}
+    time = f"{plan.model_times[1]:.6g}"
+    with pytest.raises(pydiff.NonFiniteError, match=rf"stage 1 \(time {time}\) in row 1 and 2 more rows") as error:
+        pydiff.run_plan(plan, model, x_of())
+    assert error.value.rows == first and len(calls) == 5
 
 
 def test_nan_that_is_not_used_is_no_error() -> None:

@@ -93,6 +93,7 @@ SEEN: dict[str, Callable[[Block], Any]] = {
     "the padding of a convolution": lambda m: setattr(m.conv, "padding_mode", "circular"),
     "a new attribute of a submodule": lambda m: setattr(m.inner[1], "scale", 0.5),
     "a submodule exchanged": lambda m: m.inner.__setitem__(1, nn.Identity()),
+    "the class of a submodule": lambda m: setattr(m.conv, "__class__", nn.Conv1d),
     "a submodule more": lambda m: m.inner.append(nn.Identity()),
     "a submodule less": lambda m: m.inner.__delitem__(1),
     "a child where there was none": lambda m: m.inner[0].add_module("child", nn.Identity()),
