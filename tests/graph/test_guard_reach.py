@@ -257,6 +257,14 @@ def test_a_number_among_the_global_variables(monkeypatch) -> None:
     assert not guard.holds() and "FACTOR: 1.0 became 2.0" in guard.difference()
 
 
+def test_a_number_in_a_closure() -> None:
+    scale, factor = 1.0, 1.0
+    guard = guarded(lambda x, t: scale * factor * x)
+    factor = 2.0
+    assert not guard.holds()
+    assert "model" in guard.difference() and "factor: 1.0 became 2.0" in guard.difference()
+
+
 @contextlib.contextmanager
 def switched(holder: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(holder, name)
