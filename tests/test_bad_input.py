@@ -134,6 +134,11 @@ RUNNING = {
     ),
     "seed and generator": (draw(seed=1, generator=torch.Generator()), TypeError, ("seed or generator",)),
     "generators": (run(RANDOM, generator=[torch.Generator()]), ValueError, ("generator", "each of the 2 rows")),
+    "a generator and a number": (
+        run(RANDOM, generator=[torch.Generator(), 7]),
+        ValueError,
+        ("generator", "each of the 2 rows", ", 7]"),
+    ),
     "no generator": (run(RANDOM, generator=7), ValueError, ("generator", "torch.Generator", "7")),
     "noise shape": (run(RANDOM, noise=torch.ones(3, 2, 4)), ValueError, ("noise", "[3, 2, 3]", "[3, 2, 4]")),
     "too little noise": (run(RANDOM, noise=torch.ones(1, 2, 3)), ValueError, ("noise", "[3, 2, 3]", "[1, 2, 3]")),
