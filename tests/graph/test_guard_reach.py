@@ -168,6 +168,18 @@ def test_of_many_entries_the_one_that_changed_is_named(change) -> None:
     assert f"model.scales.{'c' if 'c' in scales else 'b'} " in guard.difference()
 
 
+def test_a_container_whose_entries_cannot_be_compared_is_named() -> None:
+    model = Block()
+    guard = guarded(model)
+    model.bank = [torch.zeros(3), torch.zeros(3)]  # == of two tensors is no answer
+    assert "bank" in guard.difference()
+    net = Net()
+    net.tensors = [torch.zeros(3)]
+    guard = guarded(net)
+    net.tensors[0] = torch.zeros(3)
+    assert "model.tensors" in guard.difference()
+
+
 def test_what_is_no_change_is_none() -> None:
     model = Block()
     guard = guarded(model)
