@@ -49,11 +49,13 @@ SOLVERS = "tests/solvers/test_"
 TESTS = {
     "pydiff/schedules": ["tests/schedules", "tests/plans", f"{SOLVERS}compiler.py", "tests/test_bad_input.py"],
     "pydiff/schedules/suggestion.py": ["tests/test_first_hour.py", "tests/test_bad_input.py"],
-    "pydiff/schedules/from_config.py": ["tests/schedules/test_time_grid.py", f"{SOLVERS}against_diffusers.py"],
+    "pydiff/schedules/from_config.py": [
+        *("tests/schedules/test_time_grid.py", "tests/test_first_hour.py", f"{SOLVERS}against_diffusers.py")
+    ],
     "pydiff/plans": ["tests/plans", f"{SOLVERS}compiler.py", f"{SOLVERS}identities.py", "tests/test_bad_input.py"],
     "pydiff/solvers": [
         *(f"{SOLVERS}{name}.py" for name in ("option_ranges", "compiler", "identities", "pure_noise")),
-        *("tests/test_bad_input.py", "tests/cli/test_solvers.py", "tests/cli/test_plan.py"),
+        *("tests/test_bad_input.py", "tests/test_first_hour.py", "tests/cli/test_solvers.py", "tests/cli/test_plan.py"),
         *(f"{SOLVERS}{name}.py" for name in ("orders", "stochastic", "against_diffusers", "against_k_diffusion")),
     ],
     "pydiff/run": [

@@ -76,6 +76,16 @@ def test_a_function_is_the_tensor_of_its_values(draws) -> None:
     assert asked == list(range(plan.num_draws))  # in order, each once
 
 
+def test_a_function_leaves_the_history_where_it_is() -> None:
+    """A plan with more slots than draws are kept at once."""
+    history = pydiff.make_plan("dpmpp_3m", pydiff.EDM(), times=[80, 40, 20, 10, 5, 2])
+    plan = history + pydiff.make_plan("euler_ancestral", pydiff.EDM(), times=[2, 1, 0.5, 0])
+    noise, x = torch.randn(plan.num_draws, 2, 3), torch.ones(2, 3)
+    assert plan.num_slots == 2 and NoiseSource(plan, noise.__getitem__, x).buffer.shape[0] == 1
+    expected = pydiff.run_plan(plan, toy, x, noise=noise)
+    assert torch.equal(pydiff.run_plan(plan, toy, x, noise=noise.__getitem__), expected)
+
+
 @pytest.mark.parametrize("solver", ["ddpm", "euler_ancestral", "dpmpp_2m_sde", "euler_maruyama", "ddim"])
 def test_every_stochastic_solver_takes_functions_and_tensors(solver) -> None:
     plan, x = (pydiff.make_plan(solver, steps=6, **({"eta": 1.0} if solver == "ddim" else {})), torch.ones(2, 3))
