@@ -144,6 +144,7 @@ RUNNING = {
     "too little noise": (run(RANDOM, noise=torch.ones(1, 2, 3)), ValueError, ("noise", "[3, 2, 3]", "[1, 2, 3]")),
     "noise type": (run(RANDOM, noise=3), TypeError, ("noise", "tensor or a function", "int")),
     "noise for two plans": (run([PLAN, RANDOM], noise=torch.ones(2, 2, 3)), ValueError, ("noise=", "use seeds")),
+    "callback": (run(callback=3), TypeError, ("callback", "callable with a StageInfo", "int")),
     "no uncond": (run(GUIDED, cond={"y": X}), TypeError, ("guidance_scale", "give uncond=")),
     "cond type": (run(cond=X), TypeError, ("cond", "mapping", "Tensor")),
     "cond names": (run(GUIDED, cond={"y": X}, uncond={"z": X}), ValueError, ("cond and uncond", "same names", "y, z")),

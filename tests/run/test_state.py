@@ -192,6 +192,15 @@ def test_a_row_that_joins_is_not_blamed_for_the_one_before() -> None:
     assert state.nonfinite() == {0: 0}
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_rows_whose_input_is_scaled_share_a_batch_with_others(order) -> None:
+    """x itself serves as the model's input only where no plan scales it."""
+    plans, x = [PLANS[6], PLANS[0]][::order], noisy(2)
+    together = finish(pydiff.init(plans, x, seed=[1, 2]))
+    for k, plan in enumerate(plans):
+        assert torch.equal(together[k : k + 1], finish(pydiff.init(plan, x[k : k + 1], seed=[k + 1])))
+
+
 def test_a_row_moves_out_of_a_batch_with_more_slots() -> None:
     """Of which it uses none: its own plan has fewer."""
     plan = pydiff.make_plan("ddim", steps=3)
