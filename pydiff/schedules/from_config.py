@@ -161,9 +161,9 @@ def _ending(config: Config, family: _Family, spacing: str, offset: int) -> str:
         return str(_one_of(config, "final_sigmas_type", ("zero", "sigma_min"), "zero"))
     if family.final == "alpha":
         to_clean = bool(config.get("set_alpha_to_one", family.alpha_to_one))
-        # Spacings that visit index 0 would end in a step from 0 to 0, which diffusers runs as a wasted model
-        # call.
-        return "zero" if to_clean or (spacing == "leading" and offset == 0) else "sigma_min"
+        # Spacings that visit index 0 would end in a step from 0 to 0, a wasted model call; here it ends at clean.
+        visits_0 = spacing == "linspace" or (spacing == "leading" and offset == 0)
+        return "zero" if to_clean or visits_0 else "sigma_min"
     return family.final
 
 

@@ -13,15 +13,15 @@ from pydiff.solvers.multistep import leave_pure_noise, order_at
 from pydiff.solvers.registry import solver
 
 
-def unipc_weights(z: float, fractions: list[float], variant: str, fixed_half: bool) -> list[float]:
+def unipc_weights(z: float, fractions: list[float], variant: str) -> list[float]:
     """The a_m of 2302.04867, eq. 3 and Theorem 3.1: solve R a = b for nodes at `fractions` of the step, times B(h) / z.
 
     z is h for epsilon and -h for x0; R[k, m] = fractions[m]^k; b[k] = (k + 1)! z phi_{k+2}(z) / B, with B = z (bh1) or
-    e^z - 1 (bh2). fixed_half: with one node take a = 1/2, which any B allows to first order (App. F).
+    e^z - 1 (bh2). With one node a = 1/2, which any B allows to first order (App. F).
     Returned are B * a: what multiplies (d_m - d_0) / fractions[m].
     """
     bound = z if variant == "bh1" else math.expm1(z)
-    if fixed_half and len(fractions) == 1:
+    if len(fractions) == 1:
         return [0.5 * bound]
     matrix = np.vander(fractions, increasing=True).T
     right = [math.factorial(k + 1) * z * phi(k + 2, z) for k in range(len(fractions))]
@@ -29,19 +29,13 @@ def unipc_weights(z: float, fractions: list[float], variant: str, fixed_half: bo
 
 
 def unipc_step(
-    step: Transfer,
-    z_sign: float,
-    x: Combination,
-    d0: Combination,
-    nodes: list[tuple[float, Combination]],
-    variant: str,
-    fixed_half: bool,
+    step: Transfer, z_sign: float, x: Combination, d0: Combination, nodes: list[tuple[float, Combination]], variant: str
 ) -> Combination:
     """x at the end of a step from x and d0, with further values of d at fractions `nodes` of the step."""
     result = step.carry * x + step.phi(0) * d0
     if nodes:
         scale = step.scale * z_sign  # alpha_t phi terms in x0 carry the sign of z = -h
-        weights = unipc_weights(step.z, [r for r, _ in nodes], variant, fixed_half)
+        weights = unipc_weights(step.z, [r for r, _ in nodes], variant)
         for weight, (fraction, d) in zip(weights, nodes):
             result = result + (scale * weight / fraction) * (d - d0)
     return result
@@ -84,14 +78,10 @@ def unipc(
             # x was predicted from the base, the corrected x of the point before; d is the new node at its end.
             nodes = _past_nodes(b, points, i - 1, previous, first=2) + [(1.0, d)]
             step = Transfer(points[i - 1], s, target)
-            x = unipc_step(step, sign, b.base, b.history(1), nodes, variant, fixed_half=previous == 1)
+            x = unipc_step(step, sign, b.base, b.history(1), nodes, variant)
         previous = order_at(points, i, order, lower_order_final)
         nodes = _past_nodes(b, points, i, previous, first=1)
-        b.write(
-            x=unipc_step(Transfer(s, t, target), sign, x, d, nodes, variant, fixed_half=previous == 2),
-            base=x if corrector else None,
-            push=d,
-        )
+        b.write(x=unipc_step(Transfer(s, t, target), sign, x, d, nodes, variant), base=x if corrector else None, push=d)
 
 
 def _correctable(s: Point, t: Point, variant: str, target: str) -> bool:

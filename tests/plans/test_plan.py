@@ -150,6 +150,17 @@ def test_a_file_holds_every_bit(solver, tmp_path) -> None:
     assert (tmp_path / "plan.json").stat().st_mode & 0o777 == 0o644  # other users may read it
 
 
+def test_a_file_says_which_options_were_infinite(tmp_path) -> None:
+    """JSON has no infinity; an option's text stands for it, before and after saving."""
+    options = {"s_churn": 3, "s_tmin": 0.1, "s_tmax": np.float64(math.inf)}
+    plan = pydiff.make_plan("heun", pydiff.EDM(), 4, **options)
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded == plan == pydiff.make_plan("heun", pydiff.EDM(), 4, s_churn=3, s_tmin=0.1)
+    assert loaded.config == plan.config
+    assert loaded.config["options"] == {"s_churn": 3, "s_tmin": 0.1, "s_tmax": "inf"}
+
+
 def test_what_changes_the_result_changes_the_digest() -> None:
     plan = compiled("euler_ancestral")
     others = [
