@@ -132,6 +132,16 @@ RUNNING = {
         TypeError,
         ("at most one of seed, noise and generator",),
     ),
+    "noise and generator": (
+        run(RANDOM, noise=torch.ones(2, 2, 3), generator=torch.Generator()),
+        TypeError,
+        ("at most one of seed, noise and generator",),
+    ),
+    "seed and generator to run": (
+        run(RANDOM, seed=1, generator=torch.Generator()),
+        TypeError,
+        ("at most one of seed, noise and generator",),
+    ),
     "seed and generator": (draw(seed=1, generator=torch.Generator()), TypeError, ("seed or generator",)),
     "generators": (run(RANDOM, generator=[torch.Generator()]), ValueError, ("generator", "each of the 2 rows")),
     "a generator and a number": (

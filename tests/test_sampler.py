@@ -129,6 +129,12 @@ def test_a_callback_sees_every_stage_and_can_stop() -> None:
     assert torch.equal(stopped, path[3]) and len(calls) == 3
 
 
+def test_a_callback_for_rows_of_several_plans_is_told_the_times_of_the_longest() -> None:
+    seen, plans = [], [pydiff.make_plan("ddim", steps=n) for n in (2, 5, 3)]
+    pydiff.run_plan(plans, toy, x_of(), callback=lambda info: seen.append(info.time))
+    assert seen == plans[1].model_times.tolist()
+
+
 @pytest.mark.parametrize("steps, expected", [(1, range(8)), (3, [2, 5, 7]), (9, [7]), ([0, 4, 99], [0, 4]), ((), [])])
 def test_a_callback_is_called_at_chosen_stages(steps, expected) -> None:
     seen = []
@@ -220,6 +226,12 @@ def test_a_module_names_the_dtype_and_the_defaults() -> None:
     assert len(sampler.plan) == 20 and sampler.plan.config["prediction"] == {"prediction": "sample"}
     result = sampler(SHAPE, seed=0)
     assert result.dtype == torch.float32 and not result.requires_grad
+
+
+def test_the_first_parameter_may_lie_deep() -> None:
+    parts = [torch.nn.ReLU(), torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(4, 4, dtype=torch.bfloat16))]
+    net = torch.nn.Sequential(*parts, torch.nn.Linear(4, 4, dtype=torch.float64))
+    assert pydiff.Sampler(net.eval(), schedule=pydiff.VPLinear()).model_dtype == torch.bfloat16
 
 
 # Guidance and conditions.

@@ -48,6 +48,7 @@ class Block(nn.Module):
         self.plain = torch.zeros(3)
         self.number = torch.zeros(())
         self.sparse, self.wrapped = torch.eye(2).to_sparse(), Wrapped(torch.zeros(3))
+        self.sparse_inside = Wrapped(torch.eye(2).to_sparse())
         self.bank = [torch.zeros(3), torch.zeros(())]
         self.nested: Any = {"a": {"b": {"c": {"d": 1.0}}}}
         self.lists = [[[[1.0, 2.0]]]]
@@ -107,6 +108,7 @@ SEEN: dict[str, Callable[[Block], Any]] = {
     "memory of a tensor as attribute": lambda m: m.plain.set_(torch.zeros(3)),
     "a sparse tensor as attribute": lambda m: setattr(m, "sparse", torch.eye(2).to_sparse()),
     "memory of what a tensor subclass wraps": lambda m: setattr(m.wrapped, "inside", torch.zeros(3)),
+    "a sparse tensor that a subclass wraps": lambda m: setattr(m.sparse_inside, "inside", torch.eye(2).to_sparse()),
     "an equal number as tensor": lambda m: setattr(m, "number", torch.zeros(())),
     "a tensor in a list": lambda m: m.bank.__setitem__(0, torch.zeros(3)),
     "an equal tensor of one number in a list": lambda m: m.bank.__setitem__(1, torch.zeros(())),
@@ -153,6 +155,24 @@ def test_a_change_of_the_model_is_seen_and_named(what) -> None:
     guard = guarded(model)
     SEEN[what](model)
     assert not guard.holds() and guard.difference()
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    {
+        "the class of a submodule": "the class of a module is Conv1d and was Conv2d",
+        "a new attribute of a submodule": "model.inner.1 has ",
+        "a tensor as attribute": "an attribute of model.plain changed (a tensor was replaced)",
+        "an equal tensor of one number in a list": "an attribute of model.bank changed (a tensor was replaced)",
+        "a number of a submodule": "an attribute of model.inner.1 changed (p: 0.1 became 0.5)",
+        "dtype of a weight": "model.inner.0.weight was given other memory",
+    }.items(),
+)
+def test_the_words_for_a_change(what, words) -> None:
+    model = Block()
+    guard = guarded(model)
+    SEEN[what](model)
+    assert words in guard.difference()
 
 
 @pytest.mark.parametrize(
@@ -253,7 +273,7 @@ def test_defaults_of_a_function(change, held) -> None:
     }[held]()
     guard = guarded(model)
     FUNCTION[change](function)
-    assert not guard.holds() and guard.difference()
+    assert not guard.holds() and "model" in guard.difference()
 
 
 FACTOR = 1.0

@@ -81,6 +81,7 @@ def test_structure_is_what_contents_of_tensors_do_not_change() -> None:
         {"text": torch.ones(2, 3).half()},
         {"text": None},
         {"scale": 2},
+        {"scale": 3.0},
         {"pair": (torch.ones(2), [1, "x", None])},
         {"more": None},
     ]

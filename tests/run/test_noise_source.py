@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +113,15 @@ def test_a_start_with_noise_takes_draw_zero() -> None:
     assert not torch.equal(by_tensor, pydiff.run_plan(plan, toy, torch.ones(2, 3), noise=noise))
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_a_start_with_noise_and_one_without_share_a_batch(weight) -> None:
+    plan = pydiff.make_plan("heun", pydiff.EDM(), 4, s_churn=3.0, prediction="sample")
+    plans = [replace(plan, start_noise=weight), replace(plan, start_noise=0.0)]
+    noise = normal(torch.tensor([5, 6]), 0, (3,))
+    expected = plan.start_scale + torch.stack([weight * noise[0], torch.zeros(3)])
+    torch.testing.assert_close(pydiff.init(plans, torch.ones(2, 3), seed=[5, 6]).x, expected)
+
+
 def test_a_start_with_noise_takes_draw_zero_of_the_seeds_and_no_stage_takes_it_again() -> None:
     plan, seeds = pydiff.make_plan("heun", pydiff.EDM(), 4, s_churn=3.0, prediction="sample"), torch.tensor([5, 6])
     noise = torch.stack([normal(seeds, k, (3,)) for k in range(plan.num_draws)])
@@ -140,6 +151,14 @@ def test_a_generator_a_row_makes_rows_independent() -> None:
     both = pydiff.run_plan(plan, toy, torch.ones(2, 3), generator=rows)
     one = pydiff.run_plan(plan, toy, torch.ones(1, 3), generator=[torch.Generator().manual_seed(6)])
     assert torch.equal(both[1:], one) and not torch.equal(both[:1], one)
+
+
+def test_a_generator_follows_the_dtype_of_the_run() -> None:
+    plan, x = pydiff.make_plan("ddpm", steps=4), torch.ones(2, 3)
+    torch.manual_seed(0)
+    noise = torch.stack([torch.randn(2, 3, dtype=torch.float64) for _ in range(plan.num_draws)])
+    result = pydiff.run_plan(plan, toy, x, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(result, pydiff.run_plan(plan, toy, x, noise=noise, dtype=torch.float64))
 
 
 def test_generators_follow_the_dtype() -> None:

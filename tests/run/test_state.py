@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pydiff
-from pydiff.run.beginning import row_seeds
+from pydiff.plans import table
+from pydiff.run.beginning import row_seeds, seed_values
 from pydiff.run.state import State
 
 SHAPE = (3, 5)
@@ -69,7 +71,9 @@ def test_what_a_state_shows() -> None:
     state = pydiff.init(PLANS[0], noisy(2), seed=0)
     assert state.stage.tolist() == [0, 0] and state.total == 7 and not state.finished
     assert torch.equal(state.model_input, state.x) and torch.equal(state.model_time, torch.ones(2))
-    advance(state, 2)
+    assert state.tensors.registers.isfinite().all()  # the history too, though nothing reads it yet: `save` writes it
+    assert pydiff.step(state, toy(state.model_input, state.model_time)) is state
+    advance(state, 1)
     assert state.stage.tolist() == [2, 2] and state.stages_done == 2
     torch.testing.assert_close(state.model_time, torch.full((2,), PLANS[0].model_times[2], dtype=torch.float32))
 
@@ -201,6 +205,17 @@ def test_rows_whose_input_is_scaled_share_a_batch_with_others(order) -> None:
         assert torch.equal(together[k : k + 1], finish(pydiff.init(plan, x[k : k + 1], seed=[k + 1])))
 
 
+@pytest.mark.parametrize("scaled", [0, 2])
+def test_one_stage_whose_input_is_scaled_is_enough(scaled) -> None:
+    plan = pydiff.make_plan("ddim", steps=3)
+    coefficients = plan.coefficients.copy()
+    coefficients[scaled, table.INPUT_SCALE] = 0.5
+    state = pydiff.init(replace(plan, coefficients=coefficients), noisy(1))
+    for k in range(3):
+        assert torch.equal(state.model_input, (0.5 if k == scaled else 1.0) * state.x)
+        advance(state, 1)
+
+
 def test_a_row_moves_out_of_a_batch_with_more_slots() -> None:
     """Of which it uses none: its own plan has fewer."""
     plan = pydiff.make_plan("ddim", steps=3)
@@ -210,6 +225,16 @@ def test_a_row_moves_out_of_a_batch_with_more_slots() -> None:
     expected = finish(wide.clone())[0]
     narrow.copy_row_from(wide, 0, 1)
     assert torch.equal(finish(narrow)[1], expected)
+
+
+def test_a_row_moves_into_a_batch_with_more_slots() -> None:
+    plan = PLANS[0]
+    narrow = advance(pydiff.init(plan, noisy(1), seed=[1]), 3)
+    wide = pydiff.init([plan, PLANS[5]], noisy(2, 8), seed=[3, 4])
+    assert wide.tensors.registers.shape[0] > narrow.tensors.registers.shape[0] == 1 + plan.num_slots > 1
+    expected = finish(narrow.clone())[0]
+    wide.copy_row_from(narrow, 0, 0)
+    assert torch.equal(finish(wide)[0], expected)
 
 
 @pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
@@ -299,6 +324,9 @@ def test_seeds() -> None:
     assert row_seeds(7, 3, cpu).tolist() == [7, 8, 9] == row_seeds(torch.tensor([7, 8, 9]), 3, cpu).tolist()
     assert row_seeds([-5, 2**63 - 1], 2, cpu).tolist() == [-5, 2**63 - 1] and row_seeds(3, 0, cpu).shape == (0,)
     assert row_seeds(None, 2, cpu).tolist() != row_seeds(None, 2, cpu).tolist()
+    assert sum(seed_values(None, 1)[0] > 2**32 for _ in range(20)) > 10  # of 62 bits, so that none comes twice
+    with pytest.raises(ValueError, match="one for each of the 2 rows, got 3"):
+        seed_values(seed_values(5, 3), 2)  # checked seeds, of another batch
     torch.manual_seed(0)
     first = row_seeds(None, 2, cpu)
     torch.manual_seed(0)
