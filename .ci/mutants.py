@@ -4,8 +4,9 @@
     .ci/mutants --only pydiff/plans --out mutants.jsonl                # what is in the file already is not run again,
                                                                        # unless the source has changed since
     .ci/mutants --again --out mutants.jsonl                            # but for those that survived
-    .ci/mutants --table --out mutants.jsonl                            # with the reason for each survivor, if somebody
-                                                                       # has written one into its line, as "why"
+    .ci/mutants --table --out mutants.jsonl                            # the results for people
+
+Into the line of one that survived we write "now", the test that has noticed it since, or "why" none does.
 
 Every mutant is applied in a scratch copy of the tree, and runs the tests that can see it, the fastest first, up to the
 first failure; one that runs past the time limit is noticed too. A process that has imported torch forks for each, so
@@ -228,16 +229,18 @@ def work(job: int, todo: list[tuple[str, Mutant]], out: Path, limit: float) -> N
 
 
 def table(results: list[dict]) -> str:
-    lines = ["| file | mutants | killed | survived |", "|---|---|---|---|"]
-    for file in dict.fromkeys(r["file"] for r in results):
-        here = [r for r in results if r["file"] == file and r["result"] != "broken"]
-        survived = sum(r["result"] == "survived" for r in here)
-        lines.append(f"| {file} | {len(here)} | {len(here) - survived} | {survived} |")
+    """What the run did not notice, and what of that nothing notices now: for the rest a line has the test, as "now"."""
+    lines = ["| file | faults | not noticed in the run | not noticed now |", "|---|---|---|---|"]
+    tried = [r for r in results if r["result"] != "broken"]
+    survived = [r for r in tried if r["result"] == "survived"]
+    left = [r for r in survived if "now" not in r]
+    for file in [*dict.fromkeys(r["file"] for r in tried), "all"]:
+        counts = (sum(file in (r["file"], "all") for r in some) for some in (tried, survived, left))
+        lines.append(f"| {file} | {' | '.join(map(str, counts))} |")
     lines.append("")
-    for r in results:
-        if r["result"] == "survived":
-            old, new, why = (" ".join(r.get(k, "").split()) for k in ("old", "new", "why"))
-            lines.append(f"- `{r['file']}:{r['line']}` `{old}` -> `{new}`: {why or 'no reason given'}")
+    for r in left:
+        old, new, why = (" ".join(r.get(k, "").split()) for k in ("old", "new", "why"))
+        lines.append(f"- `{r['file']}:{r['line']}` `{old}` -> `{new}`: {why or 'no reason given'}")
     return "\n".join(lines)
 
 
@@ -249,7 +252,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="files whose path begins so")
     parser.add_argument("--limit", type=float, default=1200, help="seconds a mutant may take")
     parser.add_argument(
-        "--out", type=Path, default=Path("mutants.jsonl"), help="a line of JSON for each mutant; 'why' is ours"
+        "--out",
+        type=Path,
+        default=Path("mutants.jsonl"),
+        help="a line of JSON for each mutant; 'now' and 'why' are ours",
     )
     parser.add_argument("--again", action="store_true", help="try those that survived once more, and nothing else")
     parser.add_argument("--table", action="store_true", help="print the results and run nothing")
