@@ -124,6 +124,11 @@ RUNNING = {
     "too few seeds": (run(seed=[1]), ValueError, ("seed", "each of the 2 rows", "got 1")),
     "too many seeds": (draw(seed=[1, 2, 3]), ValueError, ("seed", "each of the 2 rows", "got 3")),
     "fractional seed": (run(seed=1.5), TypeError, ("seed", "integer", "1.5")),
+    "x, with a generator": (
+        run(RANDOM, x=[[1.0]], generator=torch.Generator()),
+        TypeError,
+        ("x must be", "tensor", "[[1.0]]"),
+    ),
     "a truth for a seed": (run(seed=True), TypeError, ("seed", "integer", "True")),
     "fractional seeds": (run(seed=[1.5, 2]), TypeError, ("seed", "integer", "[1.5, 2]")),
     "seed as text": (draw(seed="12"), TypeError, ("seed", "integer", "'12'")),

@@ -63,6 +63,7 @@ INVALID = {
     "infinite weight": (lambda p: changed(p, "coefficients", (1, table.M), math.inf), "stage 1 .* not finite"),
     "nan bound": (lambda p: changed(p, "coefficients", (1, table.CLIP), math.nan), "not finite"),
     "slot too early": (lambda p: changed(p, "coefficients", WEIGHT_OF_H0, 1.0), "stage 0 reads slot 0"),
+    "slot of nobody": (lambda p: changed(p, "coefficients", (3, table.SLOT + 1), 1.0), "stage 3 reads slot 1"),
     "slot out of range": (lambda p: changed(p, "indices", (3, table.WRITE_A), 7), r"stage 3 writes slots \[7, 0\]"),
     "slot just out of range": (
         lambda p: changed(p, "indices", (3, table.WRITE_A), 1),
@@ -102,6 +103,11 @@ def test_an_invalid_table_is_refused(case) -> None:
 def test_an_unchanged_table_is_accepted() -> None:
     plan = compiled()
     assert replace(plan) == plan and changed(plan, "coefficients", (0, table.CLIP), -math.inf) == plan
+
+
+@pytest.mark.parametrize("name, column", [("constant", table.CONSTANT), ("extra", table.EXTRA), ("known", table.KNOWN)])
+def test_an_operand_of_one_stage_is_one_of_the_plan(name, column) -> None:
+    assert not compiled().operands and changed(compiled(), "coefficients", (2, column), 0.5).operands == {name}
 
 
 def test_arrays_cannot_be_written_to() -> None:

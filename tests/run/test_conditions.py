@@ -48,6 +48,7 @@ DIFFERENT = {
     "lengths": ({"y": [torch.ones(2)]}, {"y": [torch.ones(2)] * 2}, "differs"),
     "rows": ({"y": torch.ones(2)}, {"y": torch.ones(3)}, r"cond\['y'\] must have 1 or 2 rows .* got shape \[3\]"),
     "uncond rows": ({"y": torch.ones(4)}, {"y": torch.ones(2)}, r"uncond\['y'\] must have 1 or 2 rows"),
+    "a mapping in one of them": ({"y": {"a": 1}}, {"y": 1}, r"cond\['y'\] differs"),
     "one missing": ({"y": None}, {"y": torch.ones(2)}, "differs"),
 }
 
