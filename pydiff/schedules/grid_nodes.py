@@ -30,18 +30,20 @@ class Grid:
     """The names of its keyword options."""
     index_only: bool
     """Whether it spaces integer indices, and is defined for `DiscreteBetas` alone."""
+    own_end: bool
+    """Whether its last node follows from its stride, whatever t_end."""
 
 
 _GRIDS: dict[str, Grid] = {}
 
 
-def register_grid(name: str, index_only: bool = False) -> Callable[[GridFunction], GridFunction]:
+def register_grid(name: str, index_only: bool = False, own_end: bool = False) -> Callable[[GridFunction], GridFunction]:
     """Register `nodes(schedule, n, t_start, t_end, **options) -> n decreasing times` under a name."""
 
     def register(function: GridFunction) -> GridFunction:
         code = function.__code__
         keywords = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
-        _GRIDS[name] = Grid(function, frozenset(keywords), index_only)
+        _GRIDS[name] = Grid(function, frozenset(keywords), index_only, own_end)
         return function
 
     return register
@@ -211,7 +213,7 @@ def _linspace(
     return np.array((nodes.round() if integers else nodes)[:n])
 
 
-@register_grid("leading", index_only=True)
+@register_grid("leading", index_only=True, own_end=True)
 def _leading(
     schedule: NoiseSchedule, n: int, t_start: float, t_end: float, *, drop_last: bool = False, steps_offset: int = 0
 ) -> Array:
@@ -225,7 +227,7 @@ def _leading(
     return np.array((np.arange(count) * stride)[::-1][:n] + steps_offset, dtype=np.float64)
 
 
-@register_grid("trailing", index_only=True)
+@register_grid("trailing", index_only=True, own_end=True)
 def _trailing(schedule: NoiseSchedule, n: int, t_start: float, t_end: float) -> Array:
     """From t_start down by N/n, rounded: starts at the noisiest index and ends one full stride above clean."""
     # arange may run one element too far by rounding (steps that do not divide N), hence the cut.

@@ -33,20 +33,19 @@ def make_times(
     t_start: float | None = None,
     t_end: float | None = None,
     final_sigmas_type: str | None = None,
-    rho: float = 7.0,
     **options: Any,
 ) -> Array:
     """The time grid of a sampler, in the schedule's own time.
 
     Args:
-        schedule: a noise schedule; it has defaults for all but steps and rho.
+        schedule: a noise schedule; it has defaults for all but steps.
         steps: intervals of the grid, at least 1.
         grid: a name of `list_grids`.
-        t_start, t_end: the noisiest time, and the last noisy one.
+        t_start, t_end: the noisiest time, and the last noisy one (for "leading" and "trailing", whose last node follows
+            from their stride, with "sigma_min" alone).
         final_sigmas_type: "zero": steps times from t_start to t_end, then the clean time. "sigma_min": steps + 1 times
             from t_start to t_end, whose noise is left in the sample.
-        rho: exponent of the "karras" grid (2206.00364, eq. 5), > 0.
-        options: further arguments of one grid, see `pydiff grids`.
+        options: further arguments of one grid, such as rho of "karras"; see `pydiff grids`.
 
     Returns: float64 [steps + 1], strictly decreasing. (The uniform grid of a rectified flow reaches the clean time by
         itself: with "zero" and no t_end it is steps + 1 evenly spaced times.)
@@ -69,8 +68,11 @@ def make_times(
     end = schedule.t_end if t_end is None else float(t_end)
     _check_ends(schedule, start, end)
     _check_options(name, entry, options)
-    if "rho" in entry.options:
-        options["rho"] = rho
+    if entry.own_end and ending == "zero" and t_end is not None:
+        raise ValueError(
+            f"grid {name!r} ends where its stride leads: t_end = {t_end:g} would not be used; leave it out, "
+            "give final_sigmas_type='sigma_min' to end there, or use grid 'linspace'"
+        )
     if entry.index_only:
         check_indices(schedule, name, n)
         nodes = _index_nodes(name, entry, schedule, n, start, end, ending, options)

@@ -142,6 +142,8 @@ def test_whole_ends_of_an_index_grid() -> None:
     ends = {"t_start": 700.0, "t_end": 100.0}
     assert make_times(DISCRETE, 3, "linspace", **ends).tolist() == [700, 400, 100, -1]
     assert make_times(DISCRETE, 3, "linspace", final_sigmas_type="sigma_min", **ends).tolist() == [700, 500, 300, 100]
+    ends = {"t_end": 100.0, "final_sigmas_type": "sigma_min"}
+    assert make_times(DISCRETE, 4, "trailing", **ends).tolist() == [999, 749, 499, 249, 100]
 
 
 def test_index_grids_of_one_step_and_of_all() -> None:
@@ -409,10 +411,18 @@ def test_unsupported_configs_are_named(config: dict, message: str) -> None:
         ((DISCRETE, 10), {"final_sigmas_type": "one"}, "final_sigmas_type = 'one'"),
         ((DISCRETE, 10), {"t_start": 1000.0}, "t_start = 1000.0"),
         *[
-            ((DISCRETE, 10, grid), ends, "t_start = .* and t_end = .* must be whole indices")
+            (
+                (DISCRETE, 10, grid),
+                {**ends, "final_sigmas_type": "sigma_min"},
+                "t_start = .* and t_end = .* must be whole",
+            )
             for grid in INDEX_GRIDS
             for ends in ({"t_start": 700.5}, {"t_end": 0.5}, {"t_start": 700.5, "t_end": 0.5})
         ],
+        ((DISCRETE, 10, "trailing"), {"t_end": 100.0}, "ends where its stride leads: t_end = 100 would not be used"),
+        ((DISCRETE, 10, "leading"), {"t_end": 0.0}, "t_end = 0 would not be used; leave it out"),
+        ((DISCRETE, 10, "trailing"), {"rho": 5.0}, "option 'rho' is unknown; it takes no options"),
+        ((VPLinear(), 10, "uniform"), {"rho": 5.0}, "grid 'uniform': option 'rho' is unknown"),
         ((DISCRETE, 10), {"t_end": -1.5}, r"t_end = -1.5 is not accepted by .* \[-1, 999\]"),
         ((EDM(), 10), {"t_end": math.nan}, "t_end = nan"),
         ((DISCRETE, 10), {"t_start": 10.0, "t_end": 10.0}, "t_start = 10 must be above t_end = 10"),
