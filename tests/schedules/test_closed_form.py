@@ -114,6 +114,10 @@ def test_monotone(schedule: NoiseSchedule) -> None:
     assert np.all(np.diff(schedule.alpha(t)) <= 0.0) and np.all(np.diff(schedule.sigma(t)) >= 0.0)
 
 
+def test_which_schedules_preserve_variance() -> None:
+    assert [name for name in ALL if not ALL[name].variance_preserving] == ["ve", "edm", "flow", "callable_ve"]
+
+
 @every
 def test_variance_preserving_and_prior(schedule: NoiseSchedule) -> None:
     t = interior(schedule)
