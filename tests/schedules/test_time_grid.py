@@ -262,6 +262,7 @@ CONFIGS = [
     ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 5.0, "prediction_type": "flow_prediction"}),
     ("UniPCMultistepScheduler", {"prediction_type": "v_prediction"}),
     ("DEISMultistepScheduler", {}),
+    ("DEISMultistepScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
     ("SASolverScheduler", {"timestep_spacing": "trailing"}),
     ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
     ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
