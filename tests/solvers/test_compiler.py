@@ -137,6 +137,7 @@ def test_an_inconsistent_solver_does_not_compile(monkeypatch) -> None:
         for s, t in zip(b.points, b.points[1:], strict=False):
             b.write(x=(t.sigma / s.sigma) * b.x + t.alpha * b.call(s))
 
+    assert pydiff.get_solver("wrong").build is wrong
     with pytest.raises(PlanError, match="wrong: the coefficients are inconsistent"):
         make_plan("wrong", steps=5)
 
