@@ -98,6 +98,7 @@ COMPILING = {
         ValueError,
         ("guidance_scale", "3 model calls", "(1, 3)"),
     ),
+    "one guidance nan": (make(steps=2, guidance_scale=[1, math.nan]), ValueError, ("guidance_scale", "finite", "nan")),
     "guidance nan": (make(steps=3, guidance_scale=math.nan), ValueError, ("guidance_scale", "finite", "nan")),
     "clip order": (make(steps=3, clip=(1, -1)), ValueError, ("clip", "(1, -1)", "low < high")),
     "clip zero": (make(steps=3, clip=0.0), ValueError, ("clip", "0.0", "positive")),

@@ -235,6 +235,18 @@ def test_misuse_is_refused(case) -> None:
         misuse(builder(2))
 
 
+def test_stages_may_ask_for_different_targets() -> None:
+    b = PlanBuilder(pydiff.VPLinear(), pydiff.get_prediction("v_prediction"), np.array([0.9, 0.5, 0.1]))
+    points, targets = b.points[:2], ("sample", "epsilon")
+    for point, target in zip(points, targets, strict=True):
+        b.write(x=b.call(point, target))
+    plan = b.build("mixed")
+    assert plan.targets == targets
+    for row, point, target in zip(plan.coefficients, points, targets, strict=True):
+        expected = pydiff.get_prediction("v_prediction").weights(target, point.alpha, point.sigma)
+        np.testing.assert_array_equal(row[table.OUTPUT : table.OUTPUT + 2], expected)
+
+
 def test_points_off_the_grid() -> None:
     b = PlanBuilder(pydiff.VPLinear(), SAMPLE, np.array([1.0, 0.5]))
     inner = b.point_at(0.25)
