@@ -20,15 +20,13 @@ from pydiff.plans.builder import Point
 
 
 def phi(k: int, z: float) -> float:
-    """phi_0 = exp(z), phi_{k+1}(z) = (phi_k(z) - 1 / k!) / z. By series where the recursion would cancel."""
+    """phi_k(z), k >= 1, of phi_0 = exp(z), phi_{k+1}(z) = (phi_k(z) - 1 / k!) / z. By series where that cancels."""
     if abs(z) < 1.0:
         total, term = 0.0, 1.0 / math.factorial(k)
         for n in range(1, 24):
             total += term
             term *= z / (k + n)
         return total
-    if k == 0:
-        return math.exp(z)
     if k == 1:
         return math.expm1(z) / z
     return (phi(k - 1, z) - 1.0 / math.factorial(k - 1)) / z
