@@ -138,6 +138,8 @@ def test_an_inconsistent_solver_does_not_compile(monkeypatch) -> None:
             b.write(x=(t.sigma / s.sigma) * b.x + t.alpha * b.call(s))
 
     assert pydiff.get_solver("wrong").build is wrong
+    with pytest.raises(ValueError, match="solver 'wrong' is registered twice"):
+        registry.solver("wrong", order=1, calls="1", paper="none")(wrong)
     with pytest.raises(PlanError, match="wrong: the coefficients are inconsistent"):
         make_plan("wrong", steps=5)
 
