@@ -57,11 +57,12 @@ TESTS = {
     "pydiff/solvers": [
         *(f"{SOLVERS}{name}.py" for name in ("option_ranges", "compiler", "identities", "pure_noise")),
         *("tests/test_bad_input.py", "tests/test_first_hour.py", "tests/cli/test_solvers.py", "tests/cli/test_plan.py"),
+        "tests/plans/test_plan.py",
         *(f"{SOLVERS}{name}.py" for name in ("orders", "stochastic", "against_diffusers", "against_k_diffusion")),
     ],
     "pydiff/run": [
         *("tests/run", "tests/test_sampler.py", "tests/test_bad_input.py", "tests/test_first_hour.py"),
-        *("tests/test_sampler_model.py", "tests/optimize/test_bundled.py"),
+        *("tests/test_sampler_model.py", "tests/optimize/test_bundled.py", "tests/graph/test_captured.py"),
     ],
     "pydiff/graph/guards.py": [f"tests/graph/test_{name}.py" for name in ("guard_reach", "guards")],
     "csrc/philox.h": ["tests/ops/test_noise.py", "tests/ops/test_stage.py"],
