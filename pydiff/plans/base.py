@@ -51,7 +51,8 @@ class PlanTable:
     slot_names: tuple[str, ...] = ()
     """What each slot holds, for printing: "h" for history, "base" for the start of a step of several calls."""
     config: dict[str, Any] = field(default_factory=dict)
-    """How it was compiled: schedule, prediction, grid and options, JSON-able. It decides nothing."""
+    """How it was compiled: schedule, prediction, grid and options; saving keeps the text of what JSON lacks. It decides
+    nothing."""
 
     def __post_init__(self) -> None:
         for name, dtype in ARRAYS.items():

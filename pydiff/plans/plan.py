@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from dataclasses import dataclass, replace
@@ -75,16 +76,15 @@ class Plan(PlanTable):
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as a JSON-able dictionary, which `from_dict` turns back into an equal plan."""
-        data = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "digest": self.digest(),
-            **{name: getattr(self, name) for name in SCALARS},
-            **{name: _json_numbers(getattr(self, name)) for name in ARRAYS},
-            "targets": list(self.targets),
-            "slot_names": list(self.slot_names),
-            "config": self.config,
-        }
+        data = _json_able(
+            {
+                "format": FORMAT,
+                "version": FORMAT_VERSION,
+                "digest": self.digest(),
+                **{name: getattr(self, name) for name in (*SCALARS, "targets", "slot_names", "config")},
+                **{name: getattr(self, name).tolist() for name in ARRAYS},
+            }
+        )
         return {**data, "checksum": _checksum(data)}
 
     @classmethod
@@ -129,7 +129,7 @@ class Plan(PlanTable):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as f:
-                json.dump(self.to_dict(), f, allow_nan=False)
+                json.dump(self.to_dict(), f)
             os.chmod(temporary, 0o644)  # mkstemp's files are private to their owner
             os.replace(temporary, path)
         except BaseException:
@@ -164,11 +164,15 @@ class Plan(PlanTable):
 SCALARS = ("solver", "start_scale", "start_noise", "init_std")
 
 
-def _json_numbers(array: np.ndarray) -> list[Any]:
-    """The array as nested lists; infinities, which JSON lacks, as the strings that numpy reads them from."""
-    if array.dtype == np.float64 and np.isinf(array).any():
-        return np.where(np.isinf(array), array.astype(str).astype(object), array.astype(object)).tolist()
-    return array.tolist()
+def _json_able(value: Any) -> Any:
+    """The value; of what JSON lacks the text, such as "inf", which numpy reads, or the repr of an object."""
+    if isinstance(value, dict):
+        return {str(name): _json_able(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_able(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, (str, int)) else repr(value)
 
 
 def _checksum(data: dict[str, Any]) -> str:

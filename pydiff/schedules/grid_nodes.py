@@ -38,7 +38,10 @@ _GRIDS: dict[str, Grid] = {}
 
 
 def register_grid(name: str, index_only: bool = False, own_end: bool = False) -> Callable[[GridFunction], GridFunction]:
-    """Register `nodes(schedule, n, t_start, t_end, **options) -> n decreasing times` under a name."""
+    """Register `nodes(schedule, n, t_start, t_end, **options) -> n decreasing times` under a name.
+
+    index_only, own_end: the fields of `Grid`.
+    """
 
     def register(function: GridFunction) -> GridFunction:
         code = function.__code__

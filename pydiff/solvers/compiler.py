@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,7 +88,7 @@ def make_plan(
         config={
             "schedule": _description(schedule),
             "prediction": _description(prediction),
-            "options": {name: _recorded(value) for name, value in options.items()},
+            "options": options,
             "grid": "times" if times is not None or sigmas is not None else grid or schedule.default_grid,
         },
     )
@@ -133,17 +132,8 @@ def _check_options(entry: Solver, options: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """numpy's scalars as Python's, which a plan can be saved with."""
+    """numpy's scalars as Python's, which keep the formulas in float64 and can be saved."""
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _recorded(value: Any) -> Any:
-    """What a plan says of an option: the value, or the text of what JSON lacks, such as infinities."""
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return repr(value)
-    return value
 
 
 def _times(

@@ -324,7 +324,7 @@ def test_seeds() -> None:
     assert row_seeds(7, 3, cpu).tolist() == [7, 8, 9] == row_seeds(torch.tensor([7, 8, 9]), 3, cpu).tolist()
     assert row_seeds([-5, 2**63 - 1], 2, cpu).tolist() == [-5, 2**63 - 1] and row_seeds(3, 0, cpu).shape == (0,)
     assert row_seeds(None, 2, cpu).tolist() != row_seeds(None, 2, cpu).tolist()
-    assert sum(seed_values(None, 1)[0] > 2**32 for _ in range(20)) > 10  # of 62 bits, so that none comes twice
+    assert max(seed_values(None, 1)[0] for _ in range(4)) > 2**32  # of 62 bits, so that none comes twice
     with pytest.raises(ValueError, match="one for each of the 2 rows, got 3"):
         seed_values(seed_values(5, 3), 2)  # checked seeds, of another batch
     torch.manual_seed(0)
